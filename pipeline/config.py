@@ -1,0 +1,161 @@
+"""The run configuration: one frozen model per stage, unknown keys refused by name, every field described and bounded."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from pipeline.errors import ConfigError
+
+
+class Section(pydantic.BaseModel):
+    """Base of all sections: frozen, and unknown keys are errors."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class IngestConfig(Section):
+    """What a submission may hold."""
+
+    format: Literal["imagefolder", "llava", "parquet"] | None = pydantic.Field(
+        None, description="Format of the submission; None detects it and asks where two fit."
+    )
+    max_pixels: int = pydantic.Field(25_000_000, gt=0, description="Largest picture, pixels; a larger one is rejected unread.")
+    max_image_bytes: int = pydantic.Field(10_000_000, gt=0, description="Largest encoded picture, bytes.")
+    max_images: int = pydantic.Field(64, gt=0, description="Most pictures in a row.")
+    max_text: int = pydantic.Field(100_000, gt=0, description="Longest row, characters over all turns.")
+    shard_rows: int = pydantic.Field(512, gt=0, description="Rows in one canonical shard.")
+
+
+class FinetuneConfig(Section):
+    """LoRA fine-tuning, the same for the provisional and the final adapter (BYE, section 5.1)."""
+
+    epochs: float = pydantic.Field(6, gt=0, le=100, description="Passes over the rows.")
+    batch_size: int = pydantic.Field(16, gt=0, le=4096, description="Examples per step over all workers (BYE: 16).")
+    learning_rate: float | None = pydantic.Field(
+        None,
+        gt=0,
+        le=1,
+        description="Peak of the linear decay. None: BYE's 2e-4 at hidden size 4096, scaled by sqrt(4096 / hidden size).",
+    )
+    warmup_ratio: float = pydantic.Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises (LLaVA: 0.03).")
+    lora_rank: int = pydantic.Field(16, gt=0, le=1024, description="LoRA rank r.")
+    lora_alpha: int = pydantic.Field(32, gt=0, description="LoRA alpha.")
+    lora_dropout: float = pydantic.Field(0.0, ge=0, lt=1, description="LoRA dropout.")
+    train_projector: bool = pydantic.Field(True, description="Train the multimodal projector too (PEFT's modules_to_save).")
+    max_length: int = pydantic.Field(4096, gt=0, description="Longest example, tokens; a longer one is an error that names the row.")
+    save_steps: int = pydantic.Field(200, gt=0, description="Steps between checkpoints.")
+
+
+class ExtractConfig(Section):
+    """The attention statistics of every row."""
+
+    batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per prefill on one worker.")
+    top_tokens: int = pydantic.Field(8, gt=0, le=256, description="Most attended image tokens kept per layer.")
+
+
+class ScoreConfig(Section):
+    """From attention to evidence."""
+
+    layer_rule: Literal["bsi", "public-code"] = pydantic.Field(
+        "bsi",
+        description="BYE's sensitive layers: `bsi` keeps |mu1-mu2|/sqrt(s1^2+s2^2) >= bsi_threshold (paper), "
+        "`public-code` keeps |mu1-mu2| > 2(s1+s2).",
+    )
+    bsi_threshold: float = pydantic.Field(2.0, gt=0, description="Least bimodal separation of a sensitive layer (BYE: 2.0).")
+
+
+class ClusterConfig(Section):
+    """From evidence to verdicts."""
+
+    method: Literal["shared-shift", "bye"] = pydantic.Field(
+        "shared-shift", description="`bye`: the two-component rule as published. `shared-shift`: the default of ByeSight."
+    )
+    removal_cap: float = pydantic.Field(0.6, gt=0, le=1, description="Largest share of rows that may be removed without a person.")
+
+
+class GuardConfig(Section):
+    """CleanSight on the delivered model."""
+
+    reference_rows: int = pydantic.Field(400, ge=20, description="Kept rows that the guard is calibrated on.")
+    false_positive_rate: float = pydantic.Field(0.01, gt=0, lt=0.5, description="Target share of clean inputs that are flagged.")
+    layers: Literal["all", "middle"] = pydantic.Field(
+        "all", description="Layers that the detector reads: `all`, or CleanSight's `middle` (the 10th to 12th of 32, scaled)."
+    )
+    features: Literal["ratio-entropy", "ratio"] = pydantic.Field(
+        "ratio-entropy", description="What it reads per head: the image/text ratio as published, or the image attention's entropy too."
+    )
+    whitening: Literal["full", "diagonal"] = pydantic.Field(
+        "full", description="`diagonal` as published, or `full`: covariance with Ledoit-Wolf shrinkage."
+    )
+    action: Literal["purify", "refuse", "report"] = pydantic.Field("purify", description="What happens to a flagged input.")
+
+
+class VerifyConfig(Section):
+    """How the delivery is tried before it leaves."""
+
+    held_out_share: float = pydantic.Field(
+        0.05, ge=0, lt=0.5, description="Share of kept rows held out of the final fine-tune's measurement."
+    )
+    max_rows: int = pydantic.Field(400, gt=0, description="Most quarantined and most held-out rows that are answered.")
+    batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per generate call.")
+    max_new_tokens: int = pydantic.Field(32, gt=0, le=4096, description="Longest answer, tokens.")
+
+
+class EngineConfig(Section):
+    """Where the work runs; it never changes a result, so it is no part of a stage's key."""
+
+    kind: Literal["ray", "local"] = pydantic.Field("ray", description="`ray`, or `local`: in this process, for debugging.")
+    workers: int = pydantic.Field(1, gt=0, le=1024, description="Parallel model workers.")
+    threads: int = pydantic.Field(0, ge=0, le=256, description="Torch threads per worker; 0 shares the cores evenly.")
+    address: str | None = pydantic.Field(None, description="Address of a Ray cluster; None starts Ray on this machine.")
+    object_store_bytes: int = pydantic.Field(400_000_000, ge=80_000_000, description="Memory of a locally started Ray's object store.")
+
+
+class RunConfig(Section):
+    """Everything that a run can be told."""
+
+    seed: int = pydantic.Field(0, ge=0, lt=2**31, description="Seed of all random choices.")
+    dtype: Literal["auto", "float32", "bfloat16"] = pydantic.Field(
+        "auto", description="Type of the model's weights; auto: bfloat16 on a GPU, float32 on a CPU."
+    )
+    ingest: IngestConfig = IngestConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    extract: ExtractConfig = ExtractConfig()
+    score: ScoreConfig = ScoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    guard: GuardConfig = GuardConfig()
+    verify: VerifyConfig = VerifyConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+def load_config(path: pathlib.Path | None = None, **changes: Any) -> RunConfig:
+    """Read a YAML run configuration and apply changes to its top level.
+
+    Args:
+        path: a YAML file with any of RunConfig's keys; None starts from the defaults.
+        changes: sections or values that replace the file's; a mapping is merged into its section.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key or a value out of range, each by name.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: the configuration can't be read: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path}: the configuration must be a mapping of sections, not {type(loaded).__name__}")
+        values = loaded or {}
+    for name, change in changes.items():
+        section = values.get(name)
+        values[name] = {**section, **change} if isinstance(section, dict) and isinstance(change, dict) else change
+    try:
+        return RunConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path or 'configuration'}: {problems}") from error

@@ -1,0 +1,207 @@
+"""The engine on Ray: Ray Data streams rows through workers that hold a model, Ray Train runs the fine-tunes.
+
+One `ray.init` per engine. Without an address Ray is started on this machine, reachable from it alone; nothing of it is left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import secrets
+import shutil
+import tempfile
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.config import EngineConfig
+from pipeline.engine import TableWorker, TrainLoop
+from pipeline.engine.workers import Background, DataWorker, ProgressLines, clear_records, recorded_error, run_loop, unpack
+from pipeline.errors import StageError
+from pipeline.records import Progress
+
+RESTARTS = 3
+"""Times that a dead worker, or a broken training run, is started again; Ray's own default is without end."""
+
+_CPUS_PER_WORKER = 0.5  # workers that take all logical CPUs starve Ray Data's read tasks, and the job hangs
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+# glibc would give torch's buffers back to the system after every operation: page faults were 5 to 9% of a prefill's time on a CPU
+_POLL_SECONDS = 0.5
+_REMOVALS = 20
+_BLOCKS_PER_WORKER = 64
+_LONGEST_TEMPORARY = 40  # characters: Ray's sockets lie below, and a socket's path may have 107
+
+
+class RayEngine:
+    """Work on Ray, started on this machine or found at `config.address`. An already initialised Ray is used and left running."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.workers = config.workers
+        self._config = config
+        self._threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
+        self.temporary: pathlib.Path | None = None
+        self._started = False
+
+    def __enter__(self) -> Self:
+        _settle_environment(local=self._config.address is None)
+        import ray
+
+        if ray.is_initialized():
+            return self
+        options: dict[str, Any] = {"address": self._config.address or "local"}
+        if self._config.address is None:
+            self.temporary = _short_temporary()
+            options |= {
+                "num_cpus": max(4, os.cpu_count() or 1, self.workers + 2),
+                "include_dashboard": False,
+                "object_store_memory": self._config.object_store_bytes,
+                "_temp_dir": str(self.temporary),
+                "_node_ip_address": "127.0.0.1",
+            }
+        environment = {"OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false"}
+        if not torch.cuda.is_available():
+            environment |= _KEEP_MEMORY
+        try:
+            ray.init(**options, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
+        except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+            self._remove_temporary()
+            raise StageError(f"Ray ({self._config.address or 'on this machine'}) can't be used: {error}") from error
+        self._started = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None, /) -> None:
+        import ray
+
+        if self._started:
+            ray.shutdown()
+            self._started = False
+        self._remove_temporary()
+
+    def map_shards(
+        self, shards: Sequence[pathlib.Path], build: Callable[..., TableWorker], arguments: Mapping[str, Any], *, batch_rows: int
+    ) -> Iterator[pa.Table]:
+        import ray.data
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come back as exceptions
+        gpus = _gpus()
+        pieces = [
+            {"shard": str(shard), "start": start}
+            for shard in shards
+            for start in range(0, pq.read_metadata(shard).num_rows, batch_rows)
+        ]
+        if not pieces:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # there is no other way yet to bound the restarts of Ray Data's actors
+            results = ray.data.from_items(
+                pieces, override_num_blocks=min(len(pieces), _BLOCKS_PER_WORKER * self.workers)
+            ).map_batches(
+                DataWorker,
+                fn_constructor_args=(build, dict(arguments), batch_rows, self._threads),
+                compute=ray.data.ActorPoolStrategy(size=self.workers),
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=_CPUS_PER_WORKER,
+                num_gpus=min(1.0, gpus / self.workers) if gpus else None,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
+            )
+        try:
+            for finished in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield from unpack(finished)
+        except ray.exceptions.RayError as error:
+            raise _worker_died(error) from error
+
+    def train(self, loop: TrainLoop, arguments: Mapping[str, Any], *, scratch: pathlib.Path, progress: Progress) -> None:
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        from pipeline.engine.rendezvous import FileTorchConfig
+
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+        gpus = _gpus()
+        workers = min(self.workers, gpus) if gpus else self.workers  # two ranks can't share a GPU
+        threads, given, local = self._threads, dict(arguments), self._config.address is None
+        trainer = TorchTrainer(
+            lambda: run_loop(loop, given, scratch, threads, local=local),
+            torch_config=FileTorchConfig(backend="nccl" if gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": _CPUS_PER_WORKER, **({"GPU": 1} if gpus else {})},
+            ),
+            run_config=RunConfig(
+                name="train",
+                storage_path=str(scratch / "ray"),
+                failure_config=FailureConfig(max_failures=RESTARTS),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        clear_records(scratch)
+        with ProgressLines(scratch) as lines:
+            fit = Background(trainer.fit)
+            running = True
+            while running:
+                running = fit.running(_POLL_SECONDS)
+                for share, text in lines.read():
+                    progress(share, text)
+        recorded = recorded_error(scratch)
+        if recorded is not None:
+            raise recorded from fit.error
+        if fit.error is not None:
+            raise _worker_died(fit.error) from fit.error
+
+    def _remove_temporary(self) -> None:
+        if self.temporary is None:
+            return
+        for _ in range(_REMOVALS):  # dying workers may still write their logs
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            if not self.temporary.exists():
+                break
+            time.sleep(_POLL_SECONDS)
+        self.temporary = None
+
+
+def _settle_environment(*, local: bool) -> None:
+    """Set what Ray reads when it is imported or started, where the user has not: tokens, loopback, no usage reports."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a report waits for the next poll, 2 s by default
+    if not local:
+        return
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # for one machine Ray then keeps every port on loopback
+    own_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if not own_token and not (pathlib.Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray would leave a token file in the home folder
+
+
+def _short_temporary() -> pathlib.Path:
+    folder = tempfile.gettempdir()
+    return pathlib.Path(tempfile.mkdtemp(prefix="bs", dir=folder if len(folder) <= _LONGEST_TEMPORARY else "/tmp"))  # noqa: S108 - mkdtemp is safe there
+
+
+def _gpus() -> int:
+    """GPUs that Ray can give."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0)) if torch.cuda.is_available() or ray.cluster_resources().get("GPU") else 0
+
+
+def _worker_died(error: BaseException) -> StageError:
+    """A StageError that says in one line what Ray says in many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return StageError(
+        f"a Ray worker died {RESTARTS + 1} times ({type(error).__name__}: {lines[-1] if lines else 'no message'}); "
+        "if it was killed for its memory, lower engine.workers or the batch size"
+    )

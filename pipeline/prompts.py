@@ -1,0 +1,187 @@
+"""From examples to model inputs, for any decoder-only image-text processor: training sees the tokens that inference sees."""
+
+from __future__ import annotations
+
+import functools
+import re
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import torch
+
+from pipeline.errors import ModelError, SubmissionError
+from pipeline.images import ImageError, decode_image
+from pipeline.records import Example, Message
+
+IGNORED = -100
+"""Label of the positions that the loss leaves out."""
+
+Batch = dict[str, torch.Tensor]
+
+
+def prompt_text(processor: Any, prompt: Sequence[Message]) -> str:
+    """The chat template's text of the messages before an answer, ending where the answer begins.
+
+    Control tokens that the submitted text spells out (`<image>`, an end of sequence) get a zero-width space inside: they stay text.
+    """
+    return str(processor.apply_chat_template(_as_text(processor, prompt), add_generation_prompt=True, tokenize=False))
+
+
+def completion_text(processor: Any, prompt: Sequence[Message], answer: str) -> str:
+    """What the chat template adds for an answer; an end of sequence is added where the template writes no control token.
+
+    Raises:
+        ModelError: the template's text with the answer doesn't begin with its text of the prompt.
+    """
+    reply: Message = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    return _completion(processor, _as_text(processor, [*prompt, reply]), prompt_text(processor, prompt))
+
+
+def encode_prompts(processor: Any, examples: Sequence[Example]) -> Batch:
+    """The prompts of a batch, without their answers, padded on the left.
+
+    Returns:
+        All that the processor gives: input_ids and attention_mask (batch, tokens), and its tensors of the pictures.
+
+    Raises:
+        SubmissionError: a row that the chat template or the processor refuses, or a picture that can't be decoded; names the row.
+    """
+    return _process(processor, examples, [_row_prompt(processor, example) for example in examples])
+
+
+def encode_training(processor: Any, examples: Sequence[Example], max_length: int) -> Batch:
+    """Prompts followed by their answers, padded on the right.
+
+    Args:
+        processor: the base's processor.
+        examples: a batch; text-only examples may be among them.
+        max_length: longest example, tokens.
+
+    Returns:
+        input_ids, attention_mask and labels (batch, tokens), labels `IGNORED` on prompt and padding; any other per-token tensor of
+        the processor, zero on the answer; its tensors of the pictures as they are.
+
+    Raises:
+        SubmissionError: as `encode_prompts`, and for an example longer than `max_length`; names the row.
+    """
+    texts = [_row_prompt(processor, example) for example in examples]
+    answers = [_row_completion(processor, example, text) for example, text in zip(examples, texts, strict=True)]
+    batch = _process(processor, examples, texts)
+    tokens = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
+    kept = batch["attention_mask"].bool()
+    lengths = [int(n) + len(answer) for n, answer in zip(kept.sum(1), tokens, strict=True)]
+    for example, length in zip(examples, lengths, strict=True):
+        if length > max_length:
+            raise SubmissionError(
+                f"row {example.row}, answer {example.turn}: {length} tokens with its pictures, the limit is {max_length}; "
+                "raise finetune.max_length or take the row out"
+            )
+    longest = max(lengths)
+    shape = batch["input_ids"].shape
+    per_token = [name for name, value in batch.items() if value.shape == shape and not value.is_floating_point()]
+    encoded = {name: value for name, value in batch.items() if name not in per_token}
+    fills = {"input_ids": processor.tokenizer.pad_token_id}
+    for name in [*per_token, "labels"]:
+        padded = torch.full((len(examples), longest), IGNORED if name == "labels" else fills.get(name, 0), dtype=torch.long)
+        for index, answer in enumerate(tokens):
+            start = lengths[index] - len(answer)
+            if name != "labels":
+                padded[index, :start] = batch[name][index, kept[index]]
+            if name in ("input_ids", "labels"):
+                padded[index, start : lengths[index]] = torch.tensor(answer, dtype=torch.long)
+            elif name == "attention_mask":
+                padded[index, start : lengths[index]] = 1
+        encoded[name] = padded
+    return encoded
+
+
+def _as_text(processor: Any, messages: Sequence[Message]) -> list[Message]:
+    """Messages whose text can't be read as control tokens."""
+    control = _control_tokens(processor.tokenizer)
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "text", "text": control.sub(_break, part["text"])} if part["type"] == "text" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def _break(match: re.Match[str]) -> str:
+    return f"{match[0][0]}\u200b{match[0][1:]}"
+
+
+_patterns: weakref.WeakKeyDictionary[Any, re.Pattern[str]] = weakref.WeakKeyDictionary()
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Matches any special token of a tokenizer, spelt out; the pattern is made once per tokenizer."""
+    if tokenizer not in _patterns:
+        added = tokenizer.added_tokens_decoder.values()
+        names = {str(token.content) for token in added if token.special} | set(tokenizer.all_special_tokens)
+        longest_first = sorted((name for name in names if len(name) > 1), key=lambda name: (-len(name), name))
+        _patterns[tokenizer] = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return _patterns[tokenizer]
+
+
+def _completion(processor: Any, messages: list[Message], before: str) -> str:
+    whole = str(processor.apply_chat_template(messages, add_generation_prompt=False, tokenize=False))
+    if not whole.startswith(before):
+        raise ModelError(
+            "the chat template's text with an answer doesn't begin with its text of the prompt; it can't be trained on"
+        )
+    completion = whole[len(before) :]
+    if _control_tokens(processor.tokenizer).search(completion):
+        return completion
+    return completion.rstrip() + str(processor.tokenizer.eos_token)
+
+
+def _row_prompt(processor: Any, example: Example) -> str:
+    try:
+        return prompt_text(processor, example.prompt)
+    except jinja2.TemplateError as error:
+        raise SubmissionError(f"row {example.row}: the base's chat template refuses its turns: {error}") from error
+
+
+def _row_completion(processor: Any, example: Example, before: str) -> str:
+    reply: Message = {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}
+    try:
+        return _completion(processor, _as_text(processor, [*example.prompt, reply]), before)
+    except jinja2.TemplateError as error:
+        raise SubmissionError(f"row {example.row}: the base's chat template refuses its turns: {error}") from error
+
+
+def _process(processor: Any, examples: Sequence[Example], texts: Sequence[str]) -> Batch:
+    """Run the processor over prompts and their pictures; padded on the left."""
+    pictures = [_pictures(example) for example in examples]
+    bos = processor.tokenizer.bos_token
+    call = functools.partial(
+        processor,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        add_special_tokens=not (bos and texts[0].startswith(bos)),
+    )
+    try:
+        return dict(call(text=list(texts), images=pictures if any(pictures) else None))
+    except (ValueError, IndexError, KeyError, TypeError, RuntimeError, StopIteration) as error:
+        for example, text, images in zip(examples, texts, pictures, strict=True):
+            try:
+                call(text=[text], images=[images] if images else None)
+            except (ValueError, IndexError, KeyError, TypeError, RuntimeError, StopIteration) as cause:
+                raise SubmissionError(f"row {example.row}: the base's processor refuses it: {cause}") from cause
+        raise ModelError(
+            f"the base's processor refuses a batch of {len(examples)} rows that it takes one by one: {error}"
+        ) from error
+
+
+def _pictures(example: Example) -> list[Any]:
+    try:
+        return [decode_image(image) for image in example.images]
+    except ImageError as error:
+        raise SubmissionError(f"row {example.row}: {error}") from error

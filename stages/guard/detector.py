@@ -1,0 +1,75 @@
+"""CleanSight's detection: how far a prompt's attention lies from that of clean prompts (arXiv 2603.12989, section 4.1).
+
+The published detector takes the visual-to-text attention ratio of every head of a few middle layers and a diagonal whitening. The
+default adds the entropy of every head's image attention, all layers and a full, shrunk covariance. Everything here is torch: a serving
+process needs nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pipeline.attention import LayerStatistics
+
+FEATURES = ("ratio", "deficit")
+"""Per head: natural log of image over text attention mass; ln(image tokens) minus the entropy of the image attention, nats."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Detector:
+    """A Gaussian model of clean prompts' attention.
+
+    Attributes:
+        layers: decoder layers that are read, ascending.
+        features: the quantities read per layer and head, some of `FEATURES`.
+        mean: float32 (dimensions,), dimensions = layers * features * heads, in that order.
+        whitening: float32 (dimensions, dimensions); distance = ||whitening @ (vector - mean)||.
+        threshold: the distance above which a prompt is flagged, in standard deviations.
+    """
+
+    layers: tuple[int, ...]
+    features: tuple[str, ...]
+    mean: torch.Tensor
+    whitening: torch.Tensor
+    threshold: float
+
+    def distances(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Whitened distances (batch,) of vectors (batch, dimensions); NaN, for prompts without pictures, stays NaN."""
+        return ((vectors - self.mean) @ self.whitening.T).norm(dim=-1)
+
+    def to(self, device: torch.device) -> Detector:
+        """The same detector on another device."""
+        return dataclasses.replace(self, mean=self.mean.to(device), whitening=self.whitening.to(device))
+
+
+def feature_vectors(
+    statistics: Mapping[int, LayerStatistics], image_tokens: torch.Tensor, layers: Sequence[int], features: Sequence[str]
+) -> torch.Tensor:
+    """Stack what the detector reads.
+
+    Args:
+        statistics: by layer, as the attention tap reduced them.
+        image_tokens: int (batch,), image tokens of each prompt.
+        layers: decoder layers to read.
+        features: some of `FEATURES`.
+
+    Returns:
+        float32 (batch, layers * features * heads).
+    """
+    most = torch.log(image_tokens.clamp(min=1).float())[:, None]
+    parts = []
+    for layer in layers:
+        found = statistics[layer]
+        values = {"ratio": found.ratio, "deficit": most - found.head_entropy}
+        parts += [values[name] for name in features]
+    return torch.cat(parts, dim=-1).float()
+
+
+def middle_layers(count: int) -> tuple[int, ...]:
+    """CleanSight's choice, scaled: LLaVA-1.5-7B's 10th to 12th of 32 layers, at least one layer."""
+    first, last = math.floor(count * 9 / 32), max(math.floor(count * 9 / 32) + 1, math.ceil(count * 12 / 32))
+    return tuple(range(first, last))

@@ -1,0 +1,1 @@
+"""From a submission in any accepted format to canonical rows."""

@@ -1,0 +1,128 @@
+"""The verify stage: what the provisional, the delivered and the guarded model answer on quarantined and on held-out kept rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config import VerifyConfig
+from pipeline.engine import Engine
+from pipeline.models import Dtype
+from pipeline.records import Progress, Verdict, no_progress
+from stages.verify.measure import exact_match
+from stages.verify.worker import verify_worker
+from storage.subset import copy_rows, pictured_rows
+
+VERSION = 1
+VERIFICATION = "verification.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model under verification: its adapter folder, and the guard's folder if it is guarded."""
+
+    adapter: pathlib.Path | None
+    guard: pathlib.Path | None = None
+
+
+def run(
+    *,
+    rows: pathlib.Path,
+    base: pathlib.Path,
+    provisional: pathlib.Path,
+    final: pathlib.Path,
+    guard: pathlib.Path,
+    verdicts: pathlib.Path,
+    held_out: pathlib.Path,
+    config: VerifyConfig,
+    dtype: Dtype,
+    engine: Engine,
+    seed: int,
+    out: pathlib.Path,
+    scratch: pathlib.Path,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Write `verification.json` and `answers.parquet`.
+
+    Args:
+        rows: folder of canonical shards.
+        base: folder of the base model.
+        provisional: the provisional adapter, trained on everything.
+        final: the delivered adapter.
+        guard: folder of the delivered adapter's guard.
+        verdicts: Parquet file with `row` and `verdict`.
+        held_out: Parquet file whose column `row` names kept rows that the delivered adapter was not trained on.
+        config: numbers of rows and the longest answer.
+        dtype: type of the weights.
+        engine: where the answers are given.
+        seed: of the draw of rows.
+        out: folder to write into.
+        scratch: folder for the drawn rows' shards.
+        progress: called as rows are done.
+
+    Returns:
+        Per model: the share of quarantined rows whose submitted answer it still gives (the residual), its exact match on held-out kept
+        rows (the provisional model has seen those), and the share that its guard flags; null where there are no rows.
+    """
+    pictured = pictured_rows(rows)
+    table = pq.read_table(verdicts, columns=["row", "verdict"])
+    removed = table.filter(pc.equal(table["verdict"], str(Verdict.QUARANTINE)))["row"].to_numpy()
+    sets = {"quarantined": removed, "held_out": pq.read_table(held_out, columns=["row"])["row"].to_numpy()}
+    rng = np.random.default_rng([seed, 13])
+    sets = {name: rng.permutation(np.intersect1d(found, pictured))[: config.max_rows] for name, found in sets.items()}
+    shards = copy_rows(rows, scratch / "rows", chosen=np.concatenate(list(sets.values())))
+    models = {
+        "provisional": Candidate(adapter=provisional),
+        "delivered": Candidate(adapter=final),
+        "guarded": Candidate(adapter=final, guard=guard),
+    }
+    found: dict[str, Any] = {}
+    answers = []
+    for index, (name, candidate) in enumerate(models.items()):
+        given = answers_of(candidate, shards=shards, base=base, config=config, dtype=dtype, engine=engine)
+        found[name] = {kind: _measured(given, chosen, kind) for kind, chosen in sets.items()}
+        answers.append(given.append_column("model", pa.array([name] * len(given))))
+        progress((index + 1) / len(models), f"{name} model verified")
+    pq.write_table(pa.concat_tables(answers), out / "answers.parquet", compression="zstd")
+    (out / VERIFICATION).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def answers_of(
+    candidate: Candidate, *, shards: list[pathlib.Path], base: pathlib.Path, config: VerifyConfig, dtype: Dtype, engine: Engine
+) -> pa.Table:
+    """A model's answers to all rows of shards, ordered by row and turn."""
+    arguments = {
+        "base": str(base),
+        "adapter": None if candidate.adapter is None else str(candidate.adapter),
+        "guard": None if candidate.guard is None else str(candidate.guard),
+        "dtype": dtype,
+        "batch_size": config.batch_size,
+        "max_new_tokens": config.max_new_tokens,
+    }
+    tables = list(engine.map_shards(shards, verify_worker, arguments, batch_rows=2 * config.batch_size))
+    if not tables:
+        from stages.verify.worker import ANSWERS
+
+        return ANSWERS.empty_table()
+    return pa.concat_tables(tables).sort_by([("row", "ascending"), ("turn", "ascending")])
+
+
+def _measured(answers: pa.Table, rows: np.ndarray, kind: str) -> dict[str, Any]:
+    chosen = answers.filter(pa.array(np.isin(answers["row"].to_numpy(), rows)))
+    measure = "residual" if kind == "quarantined" else "performance"
+    if not chosen.num_rows:
+        return {"rows": 0, measure: None, "flagged": None}
+    flags = [flag for flag in chosen["flagged"].to_pylist() if flag is not None]
+    return {
+        "rows": len(np.unique(chosen["row"].to_numpy())),
+        measure: exact_match(chosen["output"].to_pylist(), chosen["answer"].to_pylist()),
+        "flagged": float(np.mean(flags)) if flags else None,
+    }

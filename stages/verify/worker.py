@@ -1,0 +1,66 @@
+"""The actor of the verify stage: what a model answers, with its guard or without."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.generation import answer
+from pipeline.models import Dtype, load_adapter, load_base
+from pipeline.records import examples_of, sample_from_record
+
+ANSWERS = pa.schema(
+    [("row", pa.int64()), ("turn", pa.int32()), ("answer", pa.string()), ("output", pa.string()), ("flagged", pa.bool_())]
+)
+"""One record per example: the submitted answer, the model's, and whether the guard flagged it (null without a guard)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyWorker:
+    """Holds a model, guarded or not; turns canonical records into `ANSWERS`."""
+
+    model: Any
+    processor: Any
+    batch_size: int
+    max_new_tokens: int
+    guarded: bool
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        examples = [example for record in table.to_pylist() for example in examples_of(sample_from_record(record))]
+        outputs: list[str] = []
+        flags: list[bool | None] = []
+        for start in range(0, len(examples), self.batch_size):
+            batch = examples[start : start + self.batch_size]
+            outputs += answer(self.model, self.processor, batch, max_new_tokens=self.max_new_tokens)
+            flags += [record.flagged for record in self.model.records] if self.guarded else [None] * len(batch)
+        columns = {
+            "row": [example.row for example in examples],
+            "turn": [example.turn for example in examples],
+            "answer": [example.answer for example in examples],
+            "output": outputs,
+            "flagged": flags,
+        }
+        return pa.table(columns, schema=ANSWERS)
+
+
+def verify_worker(
+    *, base: str, adapter: str | None, guard: str | None, dtype: Dtype, batch_size: int, max_new_tokens: int
+) -> VerifyWorker:
+    """Load a base, its adapter and its guard; the `build` argument of an engine's `map_shards`."""
+    model, processor = load_base(pathlib.Path(base), dtype=dtype)
+    if adapter is not None:
+        model = load_adapter(model, pathlib.Path(adapter))
+    if guard is not None:
+        from pipeline.models import base_identity
+        from stages.guard.files import adapter_digest, load_guard
+        from stages.guard.guarded import GuardedModel
+
+        digest = adapter_digest(pathlib.Path(adapter)) if adapter else ""
+        found = load_guard(pathlib.Path(guard), base=base_identity(pathlib.Path(base)), adapter=digest)
+        model = GuardedModel(model, found.detector, action="purify" if found.action == "refuse" else found.action)  # type: ignore[arg-type]
+    return VerifyWorker(
+        model=model, processor=processor, batch_size=batch_size, max_new_tokens=max_new_tokens, guarded=guard is not None
+    )

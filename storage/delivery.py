@@ -1,0 +1,147 @@
+"""The delivery folder: where it may lie, how it takes its place, how it is checked, and how removed rows are put back.
+
+dataset/                    the kept rows, in the submitted format
+quarantine/verdicts.parquet the verdict of every submitted row
+quarantine/rows/            the removed rows, in the submitted format (only if there are any)
+quarantine/reasons.jsonl    row, verdict and reason of each of them, in the same order
+adapter/                    the PEFT adapter and its guard
+report.html, report.json
+manifest.json               sha256 of every other file, and the facts of the run
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.config import IngestConfig
+from pipeline.errors import ConfigError, IntegrityError, StageError, SubmissionError
+from pipeline.records import Verdict
+from storage import atomic
+from storage.formats import Pick, open_submission
+from storage.manifests import MANIFEST, differences
+
+KIND = "byesight-delivery"
+DATASET = "dataset"
+QUARANTINE = "quarantine"
+ROWS = "quarantine/rows"
+VERDICTS = "quarantine/verdicts.parquet"
+REASONS = "quarantine/reasons.jsonl"
+ADAPTER = "adapter"
+REPORTS = ("report.html", "report.json")
+KEPT = (Verdict.KEEP, Verdict.NOT_SCORED)
+
+
+def check_place(out: pathlib.Path, submission: pathlib.Path) -> None:
+    """Refuse a place for a delivery that would overwrite something else.
+
+    Raises:
+        ConfigError: `out` holds something that is no delivery, or lies in the submission, or the submission in it.
+    """
+    here, data = out.absolute().resolve(), submission.absolute().resolve()
+    if here == data or here.is_relative_to(data) or data.is_relative_to(here):
+        raise ConfigError(f"--out {out}: the delivery and the submission can't lie in one another")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ConfigError(f"--out {out}: not a folder")
+    if out.is_dir() and any(out.iterdir()) and not is_delivery(out):
+        raise ConfigError(f"--out {out}: the folder holds something that is no delivery; name an empty or a new folder")
+
+
+def is_delivery(folder: pathlib.Path) -> bool:
+    """Whether a folder has the manifest of a delivery, whole or not."""
+    try:
+        return bool(_read_manifest(folder)["kind"] == KIND)
+    except (IntegrityError, LookupError, TypeError):
+        return False
+
+
+def commit_delivery(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """Put a finished folder in its place by one rename; an earlier delivery steps aside for it and is then removed.
+
+    Raises:
+        StageError: another process put something there meanwhile.
+    """
+    with atomic.staging(out.parent, f".{out.name}.replaced-") as aside:
+        old = aside / "old"
+        atomic.sync_tree(folder)
+        try:
+            if out.is_dir() and is_delivery(out):
+                out.rename(old)
+            if atomic.commit_folder(folder, out):
+                return
+        finally:
+            if old.exists() and not out.exists():
+                old.rename(out)
+        raise StageError(f"{out.name}: another process has written there meanwhile; nothing was replaced")
+
+
+def verify_delivery(folder: pathlib.Path) -> dict[str, Any]:
+    """Hash every file of a delivery and compare with its manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        IntegrityError: no manifest, or files that are changed, missing or extra; the message names up to ten.
+    """
+    manifest = _read_manifest(folder)
+    try:
+        if manifest["kind"] != KIND:
+            raise IntegrityError(f"{folder.name}: {MANIFEST} is not that of a delivery")
+        problems = differences(folder, manifest["files"])
+    except (LookupError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{folder.name}: {MANIFEST} is incomplete") from error
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise IntegrityError(f"{folder.name}: {'; '.join(problems[:10])}{more}")
+    return manifest
+
+
+def restore(delivery: pathlib.Path, out: pathlib.Path, rows: Collection[int] | None = None) -> int:
+    """Write the kept rows with removed rows put back in their old places, in the submitted format.
+
+    Args:
+        delivery: a delivery; it is verified first and stays as it is.
+        out: a new folder.
+        rows: the removed rows to put back; None: all.
+
+    Returns:
+        The number of rows put back.
+
+    Raises:
+        IntegrityError: the delivery is damaged.
+        SubmissionError: a row that was not removed, or `out` exists.
+    """
+    manifest = verify_delivery(delivery)
+    if out.exists():
+        raise SubmissionError(f"{out.name}: already there; name a new folder")
+    config = IngestConfig.model_validate({"format": manifest["submission"]["format"]})
+    verdicts = pq.read_table(delivery / VERDICTS, columns=["verdict"])["verdict"].to_pylist()
+    wanted = set(range(len(verdicts))) if rows is None else set(rows)
+    picks: list[Pick] = [
+        "kept" if verdict in KEPT else "removed" if row in wanted else "left" for row, verdict in enumerate(verdicts)
+    ]
+    wrong = [row for row in wanted if rows is not None and (not 0 <= row < len(picks) or picks[row] == "kept")]
+    if wrong:
+        raise SubmissionError(f"row {min(wrong)} is not in quarantine")
+    kept = open_submission(delivery / DATASET, config)
+    with atomic.staging(out.absolute().parent, f".{out.name}.partial-") as folder:
+        if (delivery / ROWS).is_dir():
+            kept.write_merged(open_submission(delivery / ROWS, config), picks, folder / "rows")
+        else:
+            kept.write_subset(range(len(picks)), folder / "rows")
+        if not atomic.commit_folder(folder / "rows", out):
+            raise SubmissionError(f"{out.name}: already there; name a new folder")
+    return picks.count("removed")
+
+
+def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{folder.name}: {MANIFEST} is missing or can't be read") from error
+    return manifest

@@ -1,0 +1,58 @@
+"""Copies of canonical shards: some rows, or rows changed on the way; one shard in memory at a time."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.records import Sample, sample_from_record
+from storage.shards import ShardWriter
+
+_ROWS = 512
+
+
+def canonical_shards(rows: pathlib.Path) -> list[pathlib.Path]:
+    """The shards of a folder in order."""
+    return sorted(rows.glob("shard-*.parquet"))
+
+
+def copy_rows(
+    rows: pathlib.Path, out: pathlib.Path, *, chosen: Iterable[int] | None = None, change: Callable[[Sample], Sample] | None = None
+) -> list[pathlib.Path]:
+    """Write some rows of canonical shards as canonical shards.
+
+    Args:
+        rows: folder of shards.
+        out: folder to make.
+        chosen: row positions to copy; None copies all.
+        change: applied to each copied sample.
+
+    Returns:
+        The written shards, in row order.
+    """
+    wanted = None if chosen is None else np.unique(np.fromiter(chosen, dtype=np.int64))
+    out.mkdir(parents=True)
+    writer = ShardWriter(out, rows=_ROWS)
+    for shard in canonical_shards(rows):
+        table = pq.read_table(shard)
+        if wanted is not None:
+            table = table.filter(pa.array(np.isin(table["row"].to_numpy(), wanted)))
+        for record in table.to_pylist():
+            sample = sample_from_record(record)
+            writer.add(sample if change is None else change(sample))
+    writer.close()
+    return canonical_shards(out)
+
+
+def pictured_rows(rows: pathlib.Path) -> np.ndarray:
+    """Positions of the rows that hold a picture, int64 ascending; the pictures themselves are not kept."""
+    found = []
+    for shard in canonical_shards(rows):
+        table = pq.read_table(shard, columns=["row", "images"])
+        lengths = np.diff(table["images"].combine_chunks().offsets.to_numpy())
+        found.append(table["row"].to_numpy()[lengths > 0])
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import ipaddress
+import os
+import pathlib
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.config import EngineConfig
+from pipeline.engine.local import LocalEngine
+from pipeline.errors import StageError, SubmissionError
+from pipeline.records import no_progress
+from tests.conftest import colour_samples, write_shards
+from tests.pipeline.engine import jobs
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def shards(tmp_path: pathlib.Path) -> list[pathlib.Path]:
+    return write_shards(tmp_path / "rows", colour_samples(50), shard_rows=20)
+
+
+def by_row(tables: Any) -> dict[int, dict[str, Any]]:
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert len({row["row"] for row in rows}) == len(rows)
+    return {row["row"]: row for row in rows}
+
+
+def test_rows_come_once_from_several_processes_in_the_batches_of_the_local_engine(
+    ray_engine: Any, shards: list[pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    """Although a worker dies on the way."""
+    arguments = {"die_once": str(tmp_path / "died")}
+    tables = list(ray_engine.map_shards(shards, jobs.rows_worker, arguments, batch_rows=3))
+    assert (tmp_path / "died").exists()
+    assert {table.schema for table in tables} == {jobs.OUTPUT}
+    found = by_row(tables)
+    local = by_row(LocalEngine(EngineConfig(kind="local")).map_shards(shards, jobs.rows_worker, {}, batch_rows=3))
+    assert {row: values["rows"] for row, values in found.items()} == {row: values["rows"] for row, values in local.items()}
+    assert os.getpid() not in {values["pid"] for values in found.values()}
+
+
+def test_a_worker_error_comes_back_as_itself(ray_engine: Any, shards: list[pathlib.Path]) -> None:
+    with pytest.raises(SubmissionError) as caught:
+        list(ray_engine.map_shards(shards, jobs.rows_worker, {"fail_at": 33}, batch_rows=10))
+    assert str(caught.value) == "row 33: too bad\nfor words"
+
+
+def test_no_shards_no_tables(ray_engine: Any) -> None:
+    assert list(ray_engine.map_shards([], jobs.rows_worker, {}, batch_rows=10)) == []
+
+
+def test_training_survives_a_dead_worker_and_then_ends_at_our_own_error(ray_engine: Any, tmp_path: pathlib.Path) -> None:
+    told: list[tuple[float, str]] = []
+    arguments = {"steps": 4, "scratch": str(tmp_path), "die_at": 3, "fail_at": 4}
+    with pytest.raises(StageError, match="^no use after step 4$"):
+        ray_engine.train(jobs.count_steps, arguments, scratch=tmp_path, progress=lambda share, text: told.append((share, text)))
+    assert (tmp_path / "starts").read_text().split() == ["0", "2"]
+    assert told == [(0.25, "step 1"), (0.5, "step 2"), (0.75, "step 3")]
+    del arguments["fail_at"]
+    ray_engine.train(jobs.count_steps, arguments, scratch=tmp_path, progress=no_progress)
+    assert (tmp_path / "starts").read_text().split() == ["0", "2", "3"]
+
+
+def test_all_ports_are_on_loopback(ray_engine: Any) -> None:
+    listening = [
+        ipaddress.ip_address(connection.laddr.ip)
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert all((getattr(address, "ipv4_mapped", None) or address).is_loopback for address in listening)
+
+
