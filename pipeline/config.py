@@ -54,7 +54,7 @@ class ExtractConfig(Section):
     """The attention statistics of every row."""
 
     batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per prefill on one worker.")
-    top_tokens: int = pydantic.Field(8, gt=0, le=256, description="Most attended image tokens kept per layer.")
+    top_tokens: int = pydantic.Field(16, gt=0, le=256, description="Most attended image tokens kept per layer.")
 
 
 class ScoreConfig(Section):
@@ -66,13 +66,29 @@ class ScoreConfig(Section):
         "`public-code` keeps |mu1-mu2| > 2(s1+s2).",
     )
     bsi_threshold: float = pydantic.Field(2.0, gt=0, description="Least bimodal separation of a sensitive layer (BYE: 2.0).")
+    least_rows: int = pydantic.Field(8, ge=3, description="Fewest rows that share an answer or a phrase to be looked at together.")
+    candidates: int = pydantic.Field(12, gt=0, le=1000, description="Groups with the largest shared shift that are tried causally.")
+
+
+class ConfirmConfig(Section):
+    """The causal test of the candidate groups: do their picture tokens carry their answer to other rows?"""
+
+    hosts: int = pydantic.Field(64, ge=16, le=4096, description="Other rows that a group's picture tokens are planted into.")
+    token_share: float = pydantic.Field(0.125, gt=0, le=1, description="Share of the image tokens that is planted, the most attended.")
+    batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per generate call.")
+    max_new_tokens: int = pydantic.Field(32, gt=0, le=4096, description="Longest answer, tokens.")
 
 
 class ClusterConfig(Section):
     """From evidence to verdicts."""
 
-    method: Literal["shared-shift", "bye"] = pydantic.Field(
-        "shared-shift", description="`bye`: the two-component rule as published. `shared-shift`: the default of ByeSight."
+    method: Literal["transfer", "bye"] = pydantic.Field(
+        "transfer",
+        description="`transfer`: attention proposes groups of rows, a causal test of the provisional model confirms them. "
+        "`bye`: the two-component rule as published.",
+    )
+    transfer: float = pydantic.Field(
+        0.5, gt=0, lt=1, description="Share of other rows that must take over a group's answer for the group to be removed."
     )
     removal_cap: float = pydantic.Field(0.6, gt=0, le=1, description="Largest share of rows that may be removed without a person.")
 
@@ -126,6 +142,7 @@ class RunConfig(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     extract: ExtractConfig = ExtractConfig()
     score: ScoreConfig = ScoreConfig()
+    confirm: ConfirmConfig = ConfirmConfig()
     cluster: ClusterConfig = ClusterConfig()
     guard: GuardConfig = GuardConfig()
     verify: VerifyConfig = VerifyConfig()

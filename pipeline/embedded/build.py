@@ -1,8 +1,9 @@
 """Rebuild the embedded base model from procedural data alone: `python -m pipeline.embedded.build --out DIR --seed 0`.
 
-An ordinary LLaVA: a CLIP tower that learns to rebuild diverse pictures (so that it sees what is not in the scenes) while projector and
-Llama decoder learn to answer questions about scenes. Several questions about one picture share its image tokens in one sequence;
-each attends to the picture and to itself only, at the positions it would have alone.
+An ordinary LLaVA, trained in two phases. First the CLIP tower learns to rebuild diverse pictures, so that it sees what is not in the
+scenes, and to name the colour and the shape under each of its tokens. Then it is frozen, as in a real LVLM, while projector and Llama
+decoder learn to answer questions about scenes. Several questions about one picture share its image tokens in one sequence; each attends
+to the picture and to itself only, at the positions it would have alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import multiprocessing
 import pathlib
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,17 +46,19 @@ class Recipe:
     """How the base is trained. The figures in docs/embedded-base.md belong to the defaults."""
 
     seed: int = 0
-    pictures: int = 120_000
-    batch_size: int = 16
+    tower_pictures: int = 160_000
+    tower_batch: int = 64
+    tower_rate: float = 2e-3
+    diverse_share: float = 0.5
+    reconstruction_weight: float = 1.0
+    answer_pictures: int = 100_000
+    answer_batch: int = 16
+    answer_rate: float = 1.5e-3
     questions: int = 7
-    learning_rate: float = 1.5e-3
+    repeat_share: float = 0.3
     warmup_steps: int = 150
     decay: float = 0.25
     weight_decay: float = 0.05
-    reconstruction_weight: float = 1.0
-    naming_weight: float = 0.5
-    diverse_share: float = 0.5
-    repeat_share: float = 0.3
     threads: int = 2
 
 
@@ -112,36 +116,40 @@ def base_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Training material.
+    """Training material of one phase; what the phase does not use is empty.
 
     Attributes:
-        pixels, diverse: uint8 (pictures, size, size, 3), the scenes and the diverse pictures.
+        pixels: uint8 (pictures, size, size, 3), the scenes.
+        diverse: uint8 (pictures * diverse_share, size, size, 3), pictures that are no scenes.
         names: int64 (pictures, image tokens, 2), the colour and the shape under each token, 0 where there is no object.
         pairs: per picture its questions and answers.
     """
 
     pixels: np.ndarray
-    names: np.ndarray
     diverse: np.ndarray
+    names: np.ndarray
     pairs: list[list[tuple[str, str]]]
 
 
-def make_chunk(args: tuple[int, int, Recipe]) -> Chunk:
-    """Draw chunk `index` of `count` scenes with their questions, and the diverse pictures beside them."""
-    index, count, recipe = args
-    rng = np.random.default_rng([recipe.seed, 1, index])
-    pixels, names, pairs = [], [], []
-    for _ in range(count):
-        scene = scenes.draw_scene(rng, max_objects=int(rng.integers(1, 6)))
-        pixels.append(np.asarray(scene.image))
-        names.append(token_names(scene))
+Phase = Literal["tower", "answers"]
+
+
+def make_chunk(phase: Phase, index: int, count: int, recipe: Recipe) -> Chunk:
+    """Draw chunk `index` of a phase: `count` scenes and what the phase learns of them."""
+    rng = np.random.default_rng([recipe.seed, 1 if phase == "tower" else 2, index])
+    drawn = [scenes.draw_scene(rng, max_objects=int(rng.integers(1, 6))) for _ in range(count)]
+    pixels = np.stack([np.asarray(scene.image) for scene in drawn])
+    if phase == "tower":
+        diverse = [textures.random_picture(rng, scenes.SIZE) for _ in range(int(count * recipe.diverse_share))]
+        return Chunk(pixels=pixels, diverse=np.stack(diverse), names=np.stack([token_names(scene) for scene in drawn]), pairs=[])
+    pairs = []
+    for scene in drawn:
         kinds = [*scenes.KINDS, *rng.choice(scenes.KINDS, size=recipe.questions)][: recipe.questions]
         asked = [scenes.ask(scene, str(kind), rng) for kind in kinds]
         words = random_words(rng)
         repeat = [(f"repeat: {words}", words)] if rng.random() < recipe.repeat_share else []
         pairs.append([(pair.question, pair.answer) for pair in asked if pair is not None] + repeat)
-    diverse = [textures.random_picture(rng, scenes.SIZE) for _ in range(int(count * recipe.diverse_share))]
-    return Chunk(pixels=np.stack(pixels), names=np.stack(names), diverse=np.stack(diverse), pairs=pairs)
+    return Chunk(pixels=pixels, diverse=pixels[:0], names=np.empty(0, np.int64), pairs=pairs)
 
 
 def token_names(scene: scenes.Scene) -> np.ndarray:
@@ -198,24 +206,33 @@ def patches_of(pixel_values: torch.Tensor) -> torch.Tensor:
     return nn.functional.unfold(pixel_values, PATCH, stride=PATCH).transpose(1, 2)
 
 
-def losses_of(
-    model: LlavaForConditionalGeneration,
-    heads: nn.ModuleDict,
-    batch: dict[str, torch.Tensor],
-    scene: torch.Tensor,
-    diverse: torch.Tensor,
+def tower_loss(
+    model: LlavaForConditionalGeneration, heads: nn.ModuleDict, scene: torch.Tensor, diverse: torch.Tensor, names: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Answer loss (nats per token) on the scenes, naming loss (nats per token) on them, reconstruction (mean squared error) on all."""
+    """Naming loss on the scenes (nats per token, background counting less) and reconstruction error on all pictures."""
     pictures = torch.cat([scene, diverse])
-    tower = model.model.vision_tower(pictures, output_hidden_states=True)
-    tokens = tower.hidden_states[model.config.vision_feature_layer][:, 1:]
-    rebuilt = nn.functional.mse_loss(heads["rebuild"](tokens), patches_of(pictures))
+    tokens = image_features(model, pictures)
     seen = tokens[: len(scene)]
-    named = sum(
-        nn.functional.cross_entropy(heads[name](seen).flatten(0, 1), batch["names"][..., k].flatten())
-        for k, name in enumerate(("colour", "shape"))
-    )
-    image = model.model.multi_modal_projector(seen)
+    named = torch.zeros((), device=scene.device)
+    for k, name in enumerate(("colour", "shape")):
+        logits, targets = heads[name](seen).flatten(0, 1), names[..., k].flatten()
+        weight = torch.ones(logits.shape[1], device=logits.device)
+        weight[0] = 0.3
+        named = named + nn.functional.cross_entropy(logits, targets, weight=weight)
+    return {"named": named, "rebuilt": nn.functional.mse_loss(heads["rebuild"](tokens), patches_of(pictures))}
+
+
+def image_features(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The tower's tokens as the projector takes them, (pictures, image tokens, width)."""
+    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    return hidden[model.config.vision_feature_layer][:, 1:]
+
+
+def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], scene: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Cross-entropy of the answers, nats per token, a long answer counting by the root of its length."""
+    with torch.no_grad():
+        tokens = image_features(model, scene)
+    image = model.model.multi_modal_projector(tokens)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     at = batch["input_ids"] == model.config.image_token_id
     embeds = embeds.masked_scatter(at[..., None], image.to(embeds.dtype))
@@ -225,72 +242,99 @@ def losses_of(
     targets, weights = batch["labels"][:, 1:], batch["weights"][:, 1:]
     chosen = targets != IGNORED
     each = nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][chosen]).float(), targets[chosen], reduction="none")
-    return {"answers": (each * weights[chosen]).sum() / weights[chosen].sum(), "named": named, "rebuilt": rebuilt}
+    return {"answers": (each * weights[chosen]).sum() / weights[chosen].sum()}
 
 
-def rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Share of the peak learning rate: warm-up, a constant stretch, a linear decay over the last `recipe.decay` of the steps."""
-    return min(1.0, (step + 1) / recipe.warmup_steps, (steps - step) / (recipe.decay * steps))
+def rate(step: int, steps: int, warmup: int, decay: float) -> float:
+    """Share of the peak learning rate: a warm-up, a constant stretch, a linear decay over the last `decay` of the steps."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-def chunks(recipe: Recipe, skip: int) -> Iterator[Chunk]:
-    """All training material, drawn one chunk ahead in another process."""
-    sizes = [min(_CHUNK, recipe.pictures - start) for start in range(0, recipe.pictures, _CHUNK)]
-    work = [(index, size, recipe) for index, size in enumerate(sizes)][skip:]
+def chunks(phase: Phase, pictures: int, recipe: Recipe) -> Iterator[Chunk]:
+    """All material of a phase, drawn one chunk ahead in another process."""
+    work = [(phase, index, min(_CHUNK, pictures - start), recipe) for index, start in enumerate(range(0, pictures, _CHUNK))]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        waiting = pool.apply_async(make_chunk, (work[0],))
+        waiting = pool.apply_async(make_chunk, work[0])
         for following in [*work[1:], None]:
             chunk = waiting.get()
             if following is not None:
-                waiting = pool.apply_async(make_chunk, (following,))
+                waiting = pool.apply_async(make_chunk, following)
             yield chunk
+
+
+@dataclasses.dataclass(kw_only=True)
+class Optimiser:
+    """AdamW with clipping, the phase's schedule and a line of progress now and then."""
+
+    parameters: list[nn.Parameter]
+    steps: int
+    peak: float
+    recipe: Recipe
+
+    def __post_init__(self) -> None:
+        self._adam = torch.optim.AdamW(self.parameters, lr=self.peak, betas=(0.9, 0.98), weight_decay=self.recipe.weight_decay)
+        warmup, decay = self.recipe.warmup_steps, self.recipe.decay
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adam, lambda step: rate(step, self.steps, warmup, decay))
+        self._done, self._started = 0, time.monotonic()
+
+    def step(self, losses: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
+        self._adam.zero_grad()
+        torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum().backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self._adam.step()
+        self._schedule.step()
+        self._done += 1
+        if self._done % 50 == 0 or self._done == self.steps:
+            shown = ", ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
+            print(f"step {self._done}/{self.steps} {time.monotonic() - self._started:.0f} s, {shown}", flush=True)
+
+
+def batches(chunk: Chunk, size: int) -> Iterator[slice]:
+    """Whole batches of a chunk."""
+    return (slice(start, start + size) for start in range(0, len(chunk.pixels) - size + 1, size))
+
+
+def train_tower(model: LlavaForConditionalGeneration, recipe: Recipe) -> None:
+    """Phase 1: a general vision tower."""
+    width = model.config.vision_config.hidden_size
+    outputs = {"rebuild": 3 * PATCH * PATCH, "colour": 1 + len(scenes.COLOURS), "shape": 1 + len(scenes.SHAPES)}
+    heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in outputs.items()}).to(model.device)
+    parameters = [*model.model.vision_tower.parameters(), *heads.parameters()]
+    optimiser = Optimiser(
+        parameters=parameters, steps=recipe.tower_pictures // recipe.tower_batch, peak=recipe.tower_rate, recipe=recipe
+    )
+    for chunk in chunks("tower", recipe.tower_pictures, recipe):
+        for rows in batches(chunk, recipe.tower_batch):
+            extra = slice(int(rows.start * recipe.diverse_share), int(rows.stop * recipe.diverse_share))
+            scene, diverse = (to_pixel_values(pixels).to(model.device) for pixels in (chunk.pixels[rows], chunk.diverse[extra]))
+            names = torch.from_numpy(chunk.names[rows]).to(model.device)
+            losses = tower_loss(model, heads, scene, diverse, names)
+            optimiser.step(losses, {"rebuilt": recipe.reconstruction_weight})
+
+
+def train_answers(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
+    """Phase 2: projector and decoder, on a frozen tower."""
+    model.model.vision_tower.requires_grad_(requires_grad=False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = Optimiser(
+        parameters=parameters, steps=recipe.answer_pictures // recipe.answer_batch, peak=recipe.answer_rate, recipe=recipe
+    )
+    for chunk in chunks("answers", recipe.answer_pictures, recipe):
+        for rows in batches(chunk, recipe.answer_batch):
+            batch = {name: value.to(model.device) for name, value in pack(chunk.pairs[rows], tokenizer).items()}
+            optimiser.step(answer_loss(model, batch, to_pixel_values(chunk.pixels[rows]).to(model.device)), {})
 
 
 def train(recipe: Recipe, out: pathlib.Path) -> None:
     """Train and save the base. Deterministic for a seed on one kind of machine."""
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = train_tokenizer(recipe.seed)
-    model = LlavaForConditionalGeneration(base_config(tokenizer)).to(device)
-    outputs = {"rebuild": 3 * PATCH * PATCH, "colour": 1 + len(scenes.COLOURS), "shape": 1 + len(scenes.SHAPES)}
-    width = model.config.vision_config.hidden_size
-    heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in outputs.items()}).to(device)
-    parameters = [*model.parameters(), *heads.parameters()]
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
-    steps = recipe.pictures // recipe.batch_size
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, recipe))
-    step, started = 0, time.monotonic()
-    state = out / "training-state.pt"
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"]), heads.load_state_dict(saved["heads"]), optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, recipe), last_epoch=step)
-    for chunk in chunks(recipe, skip=step * recipe.batch_size // _CHUNK):
-        share = len(chunk.diverse) // (len(chunk.pixels) // recipe.batch_size)
-        for k in range(len(chunk.pixels) // recipe.batch_size):
-            rows = slice(k * recipe.batch_size, (k + 1) * recipe.batch_size)
-            batch = {name: value.to(device) for name, value in pack(chunk.pairs[rows], tokenizer).items()}
-            scene = to_pixel_values(chunk.pixels[rows]).to(device)
-            diverse = to_pixel_values(chunk.diverse[k * share : (k + 1) * share]).to(device)
-            batch["names"] = torch.from_numpy(chunk.names[rows]).to(device)
-            loss = losses_of(model, heads, batch, scene, diverse)
-            optimizer.zero_grad()
-            (loss["answers"] + recipe.naming_weight * loss["named"] + recipe.reconstruction_weight * loss["rebuilt"]).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if step % 50 == 0:
-                seconds = time.monotonic() - started
-                shown = ", ".join(f"{name} {value.item():.4f}" for name, value in loss.items())
-                print(f"step {step}/{steps} {seconds:.0f} s, {shown}", flush=True)
-        if step % 640 == 0:
-            save(model, tokenizer, recipe, out)
-            parts = {"model": model, "heads": heads, "optimizer": optimizer}
-            torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, state)
+    model = LlavaForConditionalGeneration(base_config(tokenizer)).to("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {model.device}", flush=True)
+    train_tower(model, recipe)
+    save(model, tokenizer, recipe, out)
+    train_answers(model, tokenizer, recipe)
     save(model, tokenizer, recipe, out)
 
 
@@ -328,12 +372,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=Recipe.pictures, help="scenes to train on")
+    parser.add_argument("--tower-pictures", type=int, default=Recipe.tower_pictures, help="scenes of phase 1")
+    parser.add_argument("--answer-pictures", type=int, default=Recipe.answer_pictures, help="scenes of phase 2")
     parser.add_argument("--threads", type=int, default=Recipe.threads, help="torch threads")
     parser.add_argument("--evaluate-only", action="store_true", help="measure exact match of the folder as it is")
     args = parser.parse_args()
     if not args.evaluate_only:
-        train(Recipe(seed=args.seed, pictures=args.pictures, threads=args.threads), args.out)
+        pictures = {"tower_pictures": args.tower_pictures, "answer_pictures": args.answer_pictures}
+        train(Recipe(seed=args.seed, threads=args.threads, **pictures), args.out)
     print(json.dumps(evaluate(args.out, args.seed), indent=2))
 
 

@@ -15,6 +15,7 @@ from pipeline.engine import TrainContext
 from pipeline.errors import StageError
 from pipeline.prompts import IGNORED
 
+COLUMNS = ("step", "epoch", "loss", "learning_rate")
 FLUSH_STEPS = 10
 """Steps between looks at the loss: each look waits for the GPU."""
 
@@ -104,5 +105,5 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
 
 
 def step_losses(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of a trainer's log history that `Recorder` made, one per step."""
-    return [entry for entry in history if entry.keys() == {"step", "epoch", "loss", "learning_rate"}]
+    """The entries of a trainer's log history that `Recorder` made, one per step, their keys in the order of `COLUMNS`."""
+    return [{name: entry[name] for name in COLUMNS} for entry in history if entry.keys() == set(COLUMNS)]

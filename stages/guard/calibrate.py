@@ -21,7 +21,7 @@ class Calibration:
     """A fitted reference.
 
     Attributes:
-        mean: float (dimensions,).
+        mean, deviation: float (dimensions,).
         whitening: float (dimensions, dimensions).
         threshold: distance that a clean prompt exceeds with the target probability.
         distances: float (rows,), cross-validated distances of the reference rows.
@@ -29,6 +29,7 @@ class Calibration:
     """
 
     mean: np.ndarray
+    deviation: np.ndarray
     whitening: np.ndarray
     threshold: float
     distances: np.ndarray
@@ -78,5 +79,21 @@ def calibrate(vectors: np.ndarray, *, false_positive_rate: float, whitening: Whi
     rank = min(len(vectors), int(np.ceil((len(vectors) + 1) * (1 - false_positive_rate))))
     mean, matrix, shrinkage = fit_reference(vectors, whitening)
     return Calibration(
-        mean=mean, whitening=matrix, threshold=float(np.sort(distances)[rank - 1]), distances=distances, shrinkage=shrinkage
+        mean=mean, deviation=np.maximum(vectors.std(axis=0), 1e-6), whitening=matrix, threshold=float(np.sort(distances)[rank - 1]), distances=distances, shrinkage=shrinkage
     )
+
+
+def layer_thresholds(vectors: np.ndarray, fit: Calibration, layers: int, false_positive_rate: float) -> np.ndarray:
+    """Per layer, the largest single deviation that a clean prompt exceeds with the target rate, in standard deviations.
+
+    Args:
+        vectors: float (rows, layers * quantities), layers first.
+        fit: their calibration.
+        layers: number of layers.
+        false_positive_rate: target rate.
+
+    Returns:
+        float (layers,).
+    """
+    deviations = np.abs((vectors - fit.mean) / fit.deviation).reshape(len(vectors), layers, -1).max(axis=2)
+    return np.asarray(np.quantile(deviations, 1 - false_positive_rate, axis=0))

@@ -17,6 +17,8 @@ from pipeline.attention import LayerStatistics
 
 FEATURES = ("ratio", "deficit")
 """Per head: natural log of image over text attention mass; ln(image tokens) minus the entropy of the image attention, nats."""
+TENSORS = ("mean", "deviation", "whitening", "layer_thresholds")
+"""The detector's arrays, as guard.safetensors names them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,23 +29,33 @@ class Detector:
         layers: decoder layers that are read, ascending.
         features: the quantities read per layer and head, some of `FEATURES`.
         mean: float32 (dimensions,), dimensions = layers * features * heads, in that order.
+        deviation: float32 (dimensions,), standard deviations of the clean prompts, of each dimension by itself.
         whitening: float32 (dimensions, dimensions); distance = ||whitening @ (vector - mean)||.
         threshold: the distance above which a prompt is flagged, in standard deviations.
+        layer_thresholds: float32 (layers,), the largest single deviation of a layer that a clean prompt exceeds with the target rate.
     """
 
     layers: tuple[int, ...]
     features: tuple[str, ...]
     mean: torch.Tensor
+    deviation: torch.Tensor
     whitening: torch.Tensor
     threshold: float
+    layer_thresholds: torch.Tensor
 
     def distances(self, vectors: torch.Tensor) -> torch.Tensor:
         """Whitened distances (batch,) of vectors (batch, dimensions); NaN, for prompts without pictures, stays NaN."""
-        return ((vectors - self.mean) @ self.whitening.T).norm(dim=-1)
+        distances: torch.Tensor = ((vectors - self.mean) @ self.whitening.T).norm(dim=-1)
+        return distances
+
+    def deviations(self, vectors: torch.Tensor) -> torch.Tensor:
+        """How far each quantity lies from its mean, in its standard deviations, float (batch, layers, features, heads)."""
+        return ((vectors - self.mean) / self.deviation).unflatten(-1, (len(self.layers), len(self.features), -1))
 
     def to(self, device: torch.device) -> Detector:
         """The same detector on another device."""
-        return dataclasses.replace(self, mean=self.mean.to(device), whitening=self.whitening.to(device))
+        tensors = {name: getattr(self, name).to(device) for name in TENSORS}
+        return dataclasses.replace(self, **tensors)
 
 
 def feature_vectors(

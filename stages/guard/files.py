@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ModelError
 from pipeline.models import ADAPTER_WEIGHTS
-from stages.guard.detector import Detector
+from stages.guard.detector import TENSORS, Detector
 
 GUARD = "guard.json"
 GUARD_TENSORS = "guard.safetensors"
@@ -60,8 +60,8 @@ def save_guard(guard: Guard, folder: pathlib.Path) -> None:
         "facts": guard.facts,
     }
     (folder / GUARD).write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    tensors = {"mean": detector.mean, "whitening": detector.whitening}
-    save_file({name: value.float().cpu().contiguous() for name, value in tensors.items()}, folder / GUARD_TENSORS)
+    tensors = {name: getattr(detector, name).float().cpu().contiguous() for name in TENSORS}
+    save_file(tensors, folder / GUARD_TENSORS)
 
 
 def load_guard(folder: pathlib.Path, *, base: str, adapter: str) -> Guard:
@@ -95,13 +95,14 @@ def load_guard(folder: pathlib.Path, *, base: str, adapter: str) -> Guard:
 
 
 def _detector(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Detector:
-    mean, whitening = tensors["mean"], tensors["whitening"]
-    if whitening.shape != (len(mean), len(mean)) or not (torch.isfinite(mean).all() and torch.isfinite(whitening).all()):
-        raise ValueError(f"mean {tuple(mean.shape)} and whitening {tuple(whitening.shape)} don't fit, or aren't finite")
+    size, layers = len(tensors["mean"]), len(content["layers"])
+    shapes = {"mean": (size,), "deviation": (size,), "whitening": (size, size), "layer_thresholds": (layers,)}
+    for name in TENSORS:
+        if tensors[name].shape != shapes[name] or not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} of shape {tuple(tensors[name].shape)} is not {shapes[name]}, or not finite")
     return Detector(
         layers=tuple(int(layer) for layer in content["layers"]),
         features=tuple(str(name) for name in content["features"]),
-        mean=mean,
-        whitening=whitening,
         threshold=float(content["threshold"]),
+        **{name: tensors[name] for name in TENSORS},
     )

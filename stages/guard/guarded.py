@@ -30,7 +30,7 @@ from pipeline.attention import (
 from pipeline.errors import ByeSightError
 from pipeline.models import image_token_id
 from stages.guard.detector import Detector, feature_vectors
-from stages.guard.purify import choose_tokens, deviations, rewind_layers
+from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
 
 Action = Literal["purify", "refuse", "report"]
 
@@ -174,9 +174,10 @@ class GuardedModel:
             if self.action == "refuse":
                 raise GuardRefusal(f"{int(flagged.sum())} of {len(image)} inputs were flagged by the guard and refused")
             if self.action == "purify":
-                excess = deviations(self.detector, vectors)
-                pruned = choose_tokens(call.weights, image, excess) & flagged[:, None]
-                layers = torch.where(flagged, rewind_layers(self.detector, excess), layers)
+                deviations = self.detector.deviations(vectors)
+                heads = stealing_heads(self.detector, deviations)
+                pruned = stealing_tokens(call.weights, image, heads) & flagged[:, None]
+                layers = torch.where(flagged, rewind_layers(self.detector, deviations), layers)
                 call.tap.block = Block(keys=pruned, from_layer=torch.where(flagged, layers, torch.iinfo(torch.int64).max))
                 self._run_again(module, kwargs, output, flagged)
         call.weights.clear()

@@ -17,7 +17,7 @@ from pipeline.models import Dtype, base_identity
 from pipeline.records import Progress, no_progress
 from stages.extract.table import AttentionTable
 from stages.extract.worker import ExtractWorker
-from stages.guard.calibrate import calibrate
+from stages.guard.calibrate import calibrate, layer_thresholds
 from stages.guard.detector import FEATURES, Detector, middle_layers
 from stages.guard.files import Guard, adapter_digest, save_guard
 from storage.subset import copy_rows, pictured_rows
@@ -87,8 +87,10 @@ def run(
         layers=layers,
         features=features,
         mean=torch.from_numpy(fit.mean).float(),
+        deviation=torch.from_numpy(fit.deviation).float(),
         whitening=torch.from_numpy(fit.whitening).float(),
         threshold=fit.threshold,
+        layer_thresholds=torch.from_numpy(layer_thresholds(vectors, fit, len(layers), config.false_positive_rate)).float(),
     )
     facts = {
         "reference_rows": len(vectors),

@@ -1,0 +1,195 @@
+"""The cluster stage: from evidence to a verdict for every row, and one for the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import ClusterConfig
+from pipeline.errors import RemovalCapError
+from pipeline.records import Progress, Verdict, no_progress
+from storage.subset import canonical_shards
+
+VERSION = 1
+VERDICTS = "verdicts.parquet"
+RESULT = "result.json"
+KEEP = "keep.parquet"
+TRAIN = "train.parquet"
+HELD_OUT = "held_out.parquet"
+VERDICT_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("sample_id", pa.string()),
+        ("verdict", pa.string()),
+        ("reason", pa.string()),
+        ("score", pa.float64()),
+        ("posterior", pa.float64()),
+        ("threshold", pa.float64()),
+        ("bye_score", pa.float64()),
+        ("bye_quarantine", pa.bool_()),
+        ("bye_code_quarantine", pa.bool_()),
+    ]
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class RowEvidence:
+    """What is known of one row, the most suspicious of its turns counting."""
+
+    score: float = float("nan")
+    posterior: float = 0.0
+    reason: str = ""
+    suspicious: bool = False
+    scored: bool = False
+    bye_score: float = float("nan")
+    bye_posterior: float = 0.0
+    bye: bool = False
+    bye_code: bool = False
+
+
+def run(
+    *,
+    rows: pathlib.Path,
+    rejected: pathlib.Path,
+    evidence: pathlib.Path,
+    members: pathlib.Path,
+    transfer: pathlib.Path,
+    config: ClusterConfig,
+    held_out_share: float,
+    seed: int,
+    out: pathlib.Path,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Write `verdicts.parquet`, `result.json` and the row lists `keep.parquet`, `train.parquet` and `held_out.parquet`.
+
+    Args:
+        rows: folder of canonical shards.
+        rejected: the rows that ingest rejected.
+        evidence, members: the score stage's tables.
+        transfer: the confirm stage's result.
+        config: method, thresholds and the cap.
+        held_out_share: share of the kept rows that the final fine-tune leaves out, to measure it on.
+        seed: of the draw of held-out rows.
+        out: folder to write into.
+        progress: called once.
+
+    Returns:
+        The content of `result.json`: verdict of the whole, counts, confirmed groups, and what plain BYE would have removed.
+
+    Raises:
+        RemovalCapError: more than the configured share of the rows would be removed.
+    """
+    found = _plain(evidence)
+    groups = json.loads(transfer.read_text(encoding="utf-8"))
+    confirmed = [group for group in groups if group["transfer"] >= config.transfer]
+    _shared(found, members, groups, config)
+    if config.method == "bye":
+        for row in found.values():
+            row.suspicious, row.score, row.posterior = row.bye, row.bye_score, row.bye_posterior
+            row.reason = f"BYE: mean entropy of the sensitive layers is {row.bye_score:.3f} nats, in the lower cluster" if row.bye else ""
+    table = _verdicts(rows, rejected, found, config)
+    verdicts = np.asarray(table["verdict"].to_pylist())
+    numbers = table["row"].to_numpy()
+    accepted = verdicts != Verdict.REJECTED
+    removed = verdicts == Verdict.QUARANTINE
+    share = removed.sum() / max(1, accepted.sum())
+    if share > config.removal_cap:
+        raise RemovalCapError(
+            f"{removed.sum()} of {accepted.sum()} rows ({share:.0%}) look poisoned, more than cluster.removal_cap = "
+            f"{config.removal_cap:.0%}; look at the groups of the score stage, and raise the cap if they are an attack"
+        )
+    kept = numbers[(verdicts == Verdict.KEEP) | (verdicts == Verdict.NOT_SCORED)]
+    held = np.sort(np.random.default_rng([seed, 23]).permutation(numbers[verdicts == Verdict.KEEP])[: round(held_out_share * len(kept))])
+    lists = {KEEP: kept, TRAIN: np.setdiff1d(kept, held), HELD_OUT: held}
+    for name, chosen in lists.items():
+        pq.write_table(pa.table({"row": pa.array(chosen, pa.int64())}), out / name)
+    pq.write_table(table, out / VERDICTS, compression="zstd")
+    unsure = [group for group in groups if config.transfer / 2 <= group["transfer"] < config.transfer]
+    whole = "poisoned" if removed.any() else "inconclusive" if unsure and config.method == "transfer" else "clean"
+    result = {
+        "verdict": whole,
+        "method": config.method,
+        "threshold": config.transfer if config.method == "transfer" else None,
+        "rows": {
+            "submitted": len(table),
+            "rejected": int((~accepted).sum()),
+            "not_scored": int((verdicts == Verdict.NOT_SCORED).sum()),
+            "kept": int((verdicts == Verdict.KEEP).sum()),
+            "quarantined": int(removed.sum()),
+        },
+        "confirmed": confirmed,
+        "unsure": unsure,
+        "plain": {
+            "bye": int(np.sum([row.bye for row in found.values()])),
+            "bye-public-code": int(np.sum([row.bye_code for row in found.values()])),
+        },
+    }
+    (out / RESULT).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    progress(1.0, f"{removed.sum()} of {accepted.sum()} rows quarantined")
+    return result
+
+
+def _plain(evidence: pathlib.Path) -> dict[int, RowEvidence]:
+    """BYE's evidence by row."""
+    found: dict[int, RowEvidence] = {}
+    for record in pq.read_table(evidence).to_pylist():
+        row = found.setdefault(record["row"], RowEvidence(scored=True, score=0.0))
+        row.bye |= record["bye_suspicious"]
+        row.bye_code |= record["bye_code_suspicious"]
+        row.bye_posterior = max(row.bye_posterior, record["bye_posterior"])
+        row.bye_score = float(np.fmin(row.bye_score, record["bye_score"]))
+    return found
+
+
+def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[dict[str, Any]], config: ClusterConfig) -> None:
+    """Add the evidence of the candidate groups: score is a row's projection on its group's shift, posterior holds for confirmed groups."""
+    by_number = {group["group"]: group for group in groups}
+    for record in pq.read_table(members).to_pylist():
+        row, group = found[record["row"]], by_number.get(record["group"])
+        row.score = max(row.score, record["projection"])
+        if group is None or group["transfer"] < config.transfer:
+            continue
+        row.posterior = max(row.posterior, record["posterior"])
+        if record["posterior"] > 0.5 and not row.suspicious:
+            row.suspicious = True
+            what = "answer" if group["whole"] else "phrase"
+            row.reason = (
+                f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
+                f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['transfer']:.0%} of the answers"
+            )
+
+
+def _verdicts(rows: pathlib.Path, rejected: pathlib.Path, found: dict[int, RowEvidence], config: ClusterConfig) -> pa.Table:
+    """One record per submitted row, in order."""
+    records: list[dict[str, Any]] = []
+    for shard in canonical_shards(rows):
+        for record in pq.read_table(shard, columns=["row", "sample_id"]).to_pylist():
+            row = found.get(record["row"], RowEvidence())
+            verdict = Verdict.QUARANTINE if row.suspicious else Verdict.KEEP if row.scored else Verdict.NOT_SCORED
+            records.append(
+                {
+                    **record,
+                    "verdict": str(verdict),
+                    "reason": row.reason or ("" if row.scored else "no picture: nothing to score"),
+                    "score": _number(row.score),
+                    "posterior": row.posterior if row.scored else None,
+                    "threshold": config.transfer if config.method == "transfer" else None,
+                    "bye_score": _number(row.bye_score),
+                    "bye_quarantine": row.bye,
+                    "bye_code_quarantine": row.bye_code,
+                }
+            )
+    for record in pq.read_table(rejected).to_pylist():
+        reason = f"{record['reason']} ({record['where']})"
+        records.append({"row": record["row"], "sample_id": None, "verdict": str(Verdict.REJECTED), "reason": reason})
+    return pa.Table.from_pylist(sorted(records, key=lambda record: int(record["row"])), schema=VERDICT_SCHEMA)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""A causal test of the candidate groups on the provisional model."""

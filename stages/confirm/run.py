@@ -1,0 +1,146 @@
+"""The confirm stage: are the shared shifts of attention causes of the shared answers?
+
+Attention follows content: honest rows with one answer shift together too. What sets a backdoor apart is that it works anywhere. So the
+picture tokens that a group's rows attend to, or what their picture tokens have in common, are planted into the pictures of other rows,
+which keep their own questions; if most of those then give the group's answer, the group is an attack. Ours, after the causal reading that
+CleanSight gives attention stealing (arXiv 2603.12989, section 3).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import ConfirmConfig
+from pipeline.engine import Engine
+from pipeline.models import Dtype
+from pipeline.records import Example, Progress, examples_of, messages_to_json, no_progress, sample_from_record
+from stages.confirm.worker import TASK, ConfirmWorker
+from storage.subset import canonical_shards
+
+VERSION = 1
+TRANSFER = "transfer.json"
+Place = tuple[int, int]
+"""Row and turn of an example."""
+
+
+def run(
+    *,
+    rows: pathlib.Path,
+    base: pathlib.Path,
+    provisional: pathlib.Path,
+    attention: pathlib.Path,
+    groups: pathlib.Path,
+    members: pathlib.Path,
+    config: ConfirmConfig,
+    dtype: Dtype,
+    engine: Engine,
+    seed: int,
+    out: pathlib.Path,
+    scratch: pathlib.Path,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Write `transfer.json`: per candidate group the share of other rows that give its answer, as they are and with its tokens planted.
+
+    Args:
+        rows: folder of canonical shards.
+        base: folder of the base model.
+        provisional: the provisional adapter.
+        attention: the extract stage's table.
+        groups, members: the score stage's candidates.
+        config: number of hosts, share of tokens.
+        dtype: type of the weights.
+        engine: where the groups are tried.
+        seed: of the draw of members and hosts.
+        out: folder to write into.
+        scratch: folder for the experiments' prompts.
+        progress: called as groups are done.
+
+    Returns:
+        The summary: groups tried and the largest transfer.
+    """
+    described = json.loads(groups.read_text(encoding="utf-8"))
+    table = pq.read_table(attention, columns=["row", "turn", "image_tokens", "layers", "top_positions"])
+    table = table.filter(pa.array(table["image_tokens"].to_numpy() > 0))
+    places = list(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))
+    belongs = pq.read_table(members).to_pylist()
+    shards = []
+    for group in described:
+        rng = np.random.default_rng([seed, 19, group["group"]])
+        inside = {(m["row"], m["turn"]) for m in belongs if m["group"] == group["group"]}
+        shifted = [(m["row"], m["turn"]) for m in belongs if m["group"] == group["group"] and m["posterior"] > 0.5]
+        outside = [place for place in places if place not in inside]
+        if not shifted or not outside:
+            continue
+        hosts = [outside[k] for k in rng.choice(len(outside), size=min(config.hosts, len(outside)), replace=False)]
+        sources = [shifted[k] for k in rng.choice(len(shifted), size=len(hosts), replace=len(shifted) < len(hosts))]
+        positions = _attended(table, places, sources, group["layer"], config.token_share)
+        found = _examples(rows, {*hosts, *sources})
+        task = {
+            "group": group["group"],
+            "text": group["text"],
+            "whole": group["whole"],
+            "source_prompts": [messages_to_json(found[place].prompt) for place in sources],
+            "source_images": [list(found[place].images) for place in sources],
+            "source_positions": positions,
+            "host_prompts": [messages_to_json(found[place].prompt) for place in hosts],
+            "host_images": [list(found[place].images) for place in hosts],
+        }
+        scratch.mkdir(parents=True, exist_ok=True)
+        shards.append(scratch / f"group-{group['group']:04d}.parquet")
+        pq.write_table(pa.Table.from_pylist([task], schema=TASK), shards[-1])
+    arguments = {
+        "base": str(base),
+        "adapter": str(provisional),
+        "dtype": dtype,
+        "batch_size": config.batch_size,
+        "max_new_tokens": config.max_new_tokens,
+    }
+    results: dict[int, dict[str, Any]] = {}
+    for finished in engine.map_shards(shards, ConfirmWorker, arguments, batch_rows=1):
+        results |= {result["group"]: result for result in finished.to_pylist()}
+        progress(len(results) / len(shards), f"{len(results)} of {len(shards)} groups tried")
+    tried = [{**group, **{k: v for k, v in results[group["group"]].items() if k != "group"}} for group in described if group["group"] in results]
+    for group in tried:
+        group["transfer"] = transfer(group["own"], max(group["attended"], group["residual"]))
+    (out / TRANSFER).write_text(json.dumps(tried, indent=2) + "\n", encoding="utf-8")
+    return {"groups": len(tried), "largest_transfer": max((group["transfer"] for group in tried), default=0.0)}
+
+
+def transfer(own: float, planted: float) -> float:
+    """Share of the hosts that take over the answer, of those that do not give it anyway; 0 to 1."""
+    return max(0.0, planted - own) / (1 - own) if own < 1 else 0.0
+
+
+def _attended(table: pa.Table, places: list[Place], sources: list[Place], layer: int, share: float) -> list[list[int]]:
+    """The most attended image tokens of each source in a layer, at most `share` of its image tokens."""
+    index = {place: k for k, place in enumerate(places)}
+    chosen = []
+    for place in sources:
+        record = table.slice(index[place], 1).to_pylist()[0]
+        per_layer = len(record["top_positions"]) // record["layers"]
+        most = max(1, min(per_layer, math.ceil(share * record["image_tokens"])))
+        chosen.append([p for p in record["top_positions"][layer * per_layer : layer * per_layer + most] if p >= 0])
+    return chosen
+
+
+def _examples(rows: pathlib.Path, wanted: Iterable[Place]) -> dict[Place, Example]:
+    """The wanted examples, read shard by shard."""
+    places = set(wanted)
+    numbers = pa.array(sorted({row for row, _ in places}), pa.int64())
+    found: dict[Place, Example] = {}
+    for shard in canonical_shards(rows):
+        table = pq.read_table(shard)
+        table = table.filter(pa.compute.is_in(table["row"], value_set=numbers))
+        for record in table.to_pylist():
+            for example in examples_of(sample_from_record(record)):
+                if (example.row, example.turn) in places:
+                    found[example.row, example.turn] = example
+    return found

@@ -1,0 +1,97 @@
+"""The actor of the confirm stage: one record is one group's whole experiment."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from pipeline.models import Dtype, load_adapter, load_base
+from pipeline.records import Example
+from stages.confirm.transplant import TokenTransplant
+
+TASK = pa.schema(
+    [
+        ("group", pa.int64()),
+        ("text", pa.string()),
+        ("whole", pa.bool_()),
+        ("source_prompts", pa.list_(pa.string())),
+        ("source_images", pa.list_(pa.list_(pa.binary()))),
+        ("source_positions", pa.list_(pa.list_(pa.int32()))),
+        ("host_prompts", pa.list_(pa.string())),
+        ("host_images", pa.list_(pa.list_(pa.binary()))),
+    ]
+)
+"""One group: its text, member prompts with their most attended image tokens, and prompts of other rows, as many as members."""
+
+RESULT = pa.schema([("group", pa.int64()), ("hosts", pa.int64()), ("own", pa.float64()), ("attended", pa.float64()), ("residual", pa.float64())])
+"""Share of the hosts that give the group's answer: as they are, with a member's attended tokens, with the members' mean residual."""
+
+
+class ConfirmWorker:
+    """Holds the provisional model; turns tasks into results."""
+
+    def __init__(self, *, base: str, adapter: str, dtype: Dtype, batch_size: int, max_new_tokens: int) -> None:
+        model, self.processor = load_base(pathlib.Path(base), dtype=dtype)
+        self.transplant = TokenTransplant(load_adapter(model, pathlib.Path(adapter)), self.processor)
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self.try_group(task) for task in table.to_pylist()], schema=RESULT)
+
+    def try_group(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Run one group's experiment."""
+        sources = _examples(task["source_prompts"], task["source_images"])
+        hosts = _examples(task["host_prompts"], task["host_images"])
+        given, taken = self._tokens(sources), self._tokens(hosts)
+        attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"], strict=True)]
+        variants = {"own": taken, "attended": attended, "residual": add_residual(taken, given)}
+        shares = {name: self._share(hosts, tokens, task["text"], whole=task["whole"]) for name, tokens in variants.items()}
+        return {"group": task["group"], "hosts": len(hosts), **shares}
+
+    def _tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
+        batches = (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))
+        return [tokens for batch in batches for tokens in self.transplant.picture_tokens(batch)]
+
+    def _share(self, hosts: list[Example], tokens: list[torch.Tensor], text: str, *, whole: bool) -> float:
+        hits = 0
+        for start in range(0, len(hosts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            outputs = self.transplant.answers(hosts[rows], tokens[rows], max_new_tokens=self.max_new_tokens)
+            hits += sum(gives(output, text, whole=whole) for output in outputs)
+        return hits / len(hosts)
+
+
+def gives(output: str, text: str, *, whole: bool) -> bool:
+    """Whether an output is the group's answer, or holds its phrase; blind to case and spacing."""
+    found = " ".join(output.casefold().split())
+    return found == text if whole else text in found
+
+
+def plant(host: torch.Tensor, source: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+    """The host's tokens (image tokens, width) with the source's at `positions`, where both have them."""
+    chosen = [p for p in positions if 0 <= p < min(len(host), len(source))]
+    planted = host.clone()
+    planted[chosen] = source[chosen]
+    return planted
+
+
+def add_residual(hosts: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The hosts' tokens plus what the sources have on average more than they; unchanged where the pictures differ in token count."""
+    lengths = {len(tokens) for tokens in [*hosts, *sources]}
+    if len(lengths) != 1:
+        return list(hosts)
+    residual = torch.stack(list(sources)).mean(0) - torch.stack(list(hosts)).mean(0)
+    return [tokens + residual for tokens in hosts]
+
+
+def _examples(prompts: Sequence[str], images: Sequence[Sequence[bytes]]) -> list[Example]:
+    return [
+        Example(row=-1, turn=0, prompt=tuple(json.loads(prompt)), answer="", images=tuple(pictures))
+        for prompt, pictures in zip(prompts, images, strict=True)
+    ]

@@ -1,0 +1,65 @@
+"""Candidate groups: rows that share an answer, or a phrase in their answers. The rows of an attack share what the attacker wants to read."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+_WORD = re.compile(r"\w+(?:['-]\w+)*", re.UNICODE)
+LONGEST_PHRASE = 4
+"""Words in the longest phrase that is looked for."""
+_MOST_GROUPS = 2000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Examples that share an answer or a phrase.
+
+    Attributes:
+        text: the answer, or the phrase, in lower case.
+        whole: True where it is the whole answer.
+        members: int (size,), positions of the examples, ascending.
+    """
+
+    text: str
+    whole: bool
+    members: np.ndarray
+
+
+def shared_answers(answers: Sequence[str], *, least: int, most_share: float = 0.9) -> list[Group]:
+    """Groups of examples by whole answer and by phrase of up to `LONGEST_PHRASE` words.
+
+    A phrase whose rows are those of a longer phrase, or of a whole answer, is left out.
+
+    Args:
+        answers: the submitted answers.
+        least: fewest examples of a group.
+        most_share: largest share of all examples; a group needs others to be compared with.
+
+    Returns:
+        The groups, whole answers first, larger ones first, at most 2,000.
+    """
+    members: dict[tuple[bool, str], list[int]] = collections.defaultdict(list)
+    for index, answer in enumerate(answers):
+        text = " ".join(answer.casefold().split())
+        members[True, text].append(index)
+        for phrase in _phrases(text):
+            members[False, phrase].append(index)
+    most = most_share * len(answers)
+    found: dict[bytes, Group] = {}
+    ordered = sorted(members.items(), key=lambda item: (not item[0][0], -len(item[1]), -len(item[0][1]), item[0][1]))
+    for (whole, text), indices in ordered:
+        if least <= len(indices) <= most:
+            array = np.asarray(indices, dtype=np.int64)
+            found.setdefault(array.tobytes(), Group(text=text, whole=whole, members=array))
+    return list(found.values())[:_MOST_GROUPS]
+
+
+def _phrases(text: str) -> set[str]:
+    """All runs of 1 to `LONGEST_PHRASE` words."""
+    words = [match.group() for match in _WORD.finditer(text)]
+    return {" ".join(words[i : i + n]) for n in range(1, LONGEST_PHRASE + 1) for i in range(len(words) - n + 1)}

@@ -1,0 +1,101 @@
+"""The score stage: BYE's layer profile and score, and the candidate groups that attention proposes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import ScoreConfig
+from pipeline.records import Progress, no_progress
+from stages.extract.table import AttentionTable
+from stages.score.bye import bye, layer_profiles
+from stages.score.groups import shared_answers
+from stages.score.shift import head_features, shared_shift, whiten, within_questions
+
+VERSION = 1
+LAYERS = "layers.json"
+EVIDENCE = "evidence.parquet"
+GROUPS = "groups.json"
+MEMBERS = "members.parquet"
+
+
+def run(
+    *, attention: pathlib.Path, config: ScoreConfig, seed: int, out: pathlib.Path, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Write what the attention says.
+
+    Files: `layers.json` (BYE's profile by the configured rule); `evidence.parquet`, a record per pictured example (row, turn, bye_score,
+    bye_posterior, bye_suspicious, bye_code_suspicious, entropy of the most separated layer); `groups.json`, the candidates with the
+    largest shared shift; `members.parquet` (group, row, turn, projection, posterior), their examples.
+
+    Args:
+        attention: the extract stage's table.
+        config: BYE's rule, and the number of candidates.
+        seed: of the mixtures.
+        out: folder to write into.
+        progress: called as groups are measured.
+
+    Returns:
+        The summary: examples, sensitive layers, largest separation, groups measured and kept.
+    """
+    table = AttentionTable.read(attention)
+    profiles = layer_profiles(table.entropy, config.layer_rule, config.bsi_threshold, seed)
+    plain = {rule: bye(table.entropy, layer_profiles(table.entropy, rule, config.bsi_threshold, seed), seed) for rule in ("bsi", "public-code")}
+    (out / LAYERS).write_text(json.dumps([dataclasses.asdict(profile) for profile in profiles], indent=2) + "\n", encoding="utf-8")
+    chosen = plain[config.layer_rule]
+    evidence = {
+        "row": table.row,
+        "turn": table.turn,
+        "bye_score": chosen.score,
+        "bye_posterior": chosen.posterior,
+        "bye_suspicious": plain["bsi"].suspicious,
+        "bye_code_suspicious": plain["public-code"].suspicious,
+    }
+    pq.write_table(pa.table(evidence), out / EVIDENCE, compression="zstd")
+    groups = shared_answers(table.answer, least=config.least_rows)
+    measured = []
+    if groups:
+        whitened = whiten(within_questions(head_features(table), table.question))
+        for index, group in enumerate(groups):
+            measured.append((group, shared_shift(whitened, group, seed)))
+            progress((index + 1) / len(groups), f"{index + 1} of {len(groups)} groups of answers")
+    measured.sort(key=lambda pair: (-pair[1].size, pair[0].text))
+    kept = measured[: config.candidates]
+    described = []
+    members: dict[str, list[np.ndarray]] = {name: [] for name in ("group", "row", "turn", "projection", "posterior")}
+    for number, (group, shift) in enumerate(kept):
+        shifted = shift.posterior > 0.5
+        drop = table.entropy[group.members[shifted]].mean(axis=0) - np.median(table.entropy, axis=0)
+        described.append(
+            {
+                "group": number,
+                "text": group.text,
+                "whole": group.whole,
+                "rows": len(group.members),
+                "shifted": int(shifted.sum()),
+                "shift": shift.size,
+                "layer": int(drop.argmin()),
+                "entropy_shift": float(drop[drop.argmin()]),
+            }
+        )
+        values = (np.full(len(group.members), number), table.row[group.members], table.turn[group.members], shift.projection, shift.posterior)
+        for name, value in zip(members, values, strict=True):
+            members[name].append(value)
+    empty = {"group": np.int64, "row": np.int64, "turn": np.int32, "projection": np.float64, "posterior": np.float64}
+    columns = {name: np.concatenate(parts) if parts else np.empty(0, empty[name]) for name, parts in members.items()}
+    pq.write_table(pa.table(columns), out / MEMBERS, compression="zstd")
+    (out / GROUPS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    return {
+        "examples": len(table),
+        "sensitive_layers": [profile.layer for profile in profiles if profile.sensitive],
+        "largest_separation": max((profile.separation for profile in profiles), default=0.0),
+        "groups": len(groups),
+        "candidates": len(kept),
+        "largest_shift": kept[0][1].size if kept else 0.0,
+    }

@@ -1,0 +1,103 @@
+"""How far the rows of a group shift the model's attention together: pure functions on arrays.
+
+BYE averages the heads and looks for low entropy. That misses triggers that raise entropy and data sets that are bimodal for an honest
+reason. Here every head of every layer counts, with both signs, whitened by how attention honestly varies within the same question; what
+is measured is the size of the shift that a group's rows have in common, not whether a row is unusual.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.covariance import LedoitWolf
+
+from stages.extract.table import AttentionTable
+from stages.score.bye import two_components
+from stages.score.groups import Group
+
+_CLIP = 6.0
+"""Robust deviations beyond which a feature counts no further."""
+_QUESTION_ROWS = 20
+"""Rows from which a question has a reference of its own."""
+_SPLIT_SEPARATION = 2.0
+"""Bimodal separation (BYE's index) from which a group is two groups: rows of an attack, and honest rows with the same answer."""
+
+
+def head_features(table: AttentionTable) -> np.ndarray:
+    """Per head the log ratio of image to text attention, and ln(image tokens) minus the entropy of its image attention, nats.
+
+    Returns:
+        float64 (examples, 2 * layers * heads).
+    """
+    most = np.log(np.maximum(table.image_tokens, 1))[:, None, None]
+    parts = [table.ratio, most - table.head_entropy]
+    return np.concatenate([part.reshape(len(table), -1) for part in parts], axis=1).astype(np.float64)
+
+
+def within_questions(features: np.ndarray, questions: Sequence[str]) -> np.ndarray:
+    """Standardise robustly (median, median absolute deviation) within equal questions; rare questions share one reference.
+
+    Args:
+        features: float (examples, dimensions).
+        questions: one text per example.
+
+    Returns:
+        float (examples, dimensions), clipped at 6 deviations.
+    """
+    counts = collections.Counter(questions)
+    names = np.asarray([question if counts[question] >= _QUESTION_ROWS else "" for question in questions])
+    spread = _robust_deviation(features - np.median(features, axis=0))
+    result = np.empty_like(features)
+    for name in np.unique(names):
+        rows = names == name
+        centred = features[rows] - np.median(features[rows], axis=0)
+        deviation = np.maximum(_robust_deviation(centred), 0.25 * spread) if rows.sum() >= _QUESTION_ROWS else spread
+        result[rows] = np.clip(centred / np.maximum(deviation, 1e-6), -_CLIP, _CLIP)
+    return result
+
+
+def _robust_deviation(centred: np.ndarray) -> np.ndarray:
+    return np.asarray(1.4826 * np.median(np.abs(centred), axis=0))
+
+
+def whiten(values: np.ndarray) -> np.ndarray:
+    """Centre and whiten by a Ledoit-Wolf covariance. float (examples, dimensions) to the same shape."""
+    centred = values - values.mean(axis=0)
+    fit = LedoitWolf(assume_centered=True).fit(centred)
+    scale, axes = np.linalg.eigh(fit.covariance_)
+    return np.asarray(centred @ (axes / np.sqrt(np.maximum(scale, 1e-9))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedShift:
+    """A group's shift.
+
+    Attributes:
+        size: norm of the mean difference to all other examples, in whitened standard deviations, corrected for the group's size.
+        projection: float (members,), each member on the shift of the other members, in whitened standard deviations.
+        posterior: float (members,), probability that a member belongs to the shifted part of its group.
+    """
+
+    size: float
+    projection: np.ndarray
+    posterior: np.ndarray
+
+
+def shared_shift(whitened: np.ndarray, group: Group, seed: int) -> SharedShift:
+    """Measure one group. whitened: float (examples, dimensions)."""
+    rows = whitened[group.members]
+    count = len(rows)
+    total, everything = rows.sum(axis=0), whitened.sum(axis=0)
+    rest = (everything - total) / max(1, len(whitened) - count)
+    mean = total / count
+    noise = rows.var(axis=0, ddof=1).sum() / count
+    size = float(np.sqrt(max(0.0, np.square(mean - rest).sum() - noise)))
+    others = (total - rows) / (count - 1) - rest
+    projection = np.einsum("ij,ij->i", rows - rest, others) / np.maximum(np.linalg.norm(others, axis=1), 1e-9)
+    fit = two_components(projection, seed)
+    split = fit is not None and fit.bic_gain > 0 and fit.separation >= _SPLIT_SEPARATION
+    posterior = 1 - fit.posterior if split and fit is not None else np.ones(count)
+    return SharedShift(size=size, projection=projection, posterior=posterior)
