@@ -1,8 +1,9 @@
 """The one attention mechanism: the model's fast attention plus the one row of weights of the last prompt position.
 
-A function of this module is registered with transformers' AttentionInterface (and its mask twin) under `NAME`. It runs SDPA and, where a
-tap is open, computes the softmax row of the last query position alone: memory O(heads x keys) a layer, never a map of N x N. The same
-tap can block key columns from a layer on, which is how the guard prunes. Taps live in a context variable: threads do not see each other's.
+A function of this module is registered with transformers' AttentionInterface (and its mask twin) under `NAME`. It runs SDPA and,
+where a tap is open, computes the softmax row of the last query position alone: memory O(heads x keys) a layer, never a map of N x
+N. The same tap can block key columns from a layer on, which is how the guard prunes. Taps live in a context variable: threads do
+not see each other's.
 
 BYE (arXiv 2505.16916, section 3.3) and CleanSight (arXiv 2603.12989, section 4) both read this row.
 """
@@ -13,6 +14,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -75,12 +77,13 @@ def tapped(tap: Tap) -> Iterator[Tap]:
 def last_row_weights(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float | None = None
 ) -> torch.Tensor:
-    """Attention weights of the last query position.
+    """Attention weights of the last query position of a prefill.
 
     Args:
         query: (batch, heads, queries, dim).
         key: (batch, key-value heads, keys, dim); heads is a multiple of key-value heads (grouped-query attention).
-        attention_mask: (batch or 1, 1, queries, keys), bool (True: may attend) or additive; None: everything is seen.
+        attention_mask: (batch or 1, 1, queries, keys), bool (True: may attend) or additive; None: causal, query k sees the keys
+            up to k.
         scaling: factor on the logits; None means dim ** -0.5.
 
     Returns:
@@ -91,7 +94,9 @@ def last_row_weights(
     last = query[:, :, -1].reshape(batch, groups, heads // groups, dim)
     logits = torch.matmul(last, key.transpose(2, 3)).reshape(batch, heads, keys).float()
     logits = logits * (dim**-0.5 if scaling is None else scaling)
-    if attention_mask is not None:
+    if attention_mask is None:
+        logits[..., query.shape[2] :] = -torch.inf  # room that a static cache keeps for later tokens
+    else:
         row = attention_mask[:, :, -1, :keys]
         logits = logits.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else logits + row
     return torch.softmax(logits, dim=-1)
@@ -102,7 +107,8 @@ def _with_block(blocked: torch.Tensor, query: torch.Tensor, key: torch.Tensor, a
     queries, keys = query.shape[2], key.shape[2]
     columns = torch.nn.functional.pad(blocked[:, :keys], (0, max(0, keys - blocked.shape[1])))
     if attention_mask is None:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)[None, None]
+        mask = mask if queries == 1 else mask.tril()  # as SDPA does without a mask: causal from the first key on
     elif attention_mask.dtype == torch.bool:
         mask = attention_mask[..., :keys]
     else:
@@ -123,7 +129,7 @@ def attention_forward(
     """SDPA, watched and blocked by the open tap; without a tap it is SDPA to the bit."""
     tap = _TAP.get()
     if tap is not None:
-        layer = int(module.layer_idx)
+        layer = int(getattr(module, "layer_idx"))  # noqa: B009 - torch types every attribute of a module as a tensor
         blocked = None if tap.block is None else tap.block.in_layer(layer)
         if blocked is not None:
             attention_mask = _with_block(blocked, query, key, attention_mask)
@@ -139,9 +145,10 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def base_of(model: torch.nn.Module) -> PreTrainedModel:
+def base_of(model: Any) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base
 
 
 def attach(model: torch.nn.Module) -> str:
@@ -210,8 +217,9 @@ class LayerStatistics:
         head_entropy: (batch, heads), the same per head.
         image_share: (batch, heads), attention mass on image tokens.
         ratio: (batch, heads), natural log of image mass over the mass on the text after the image (CleanSight, eq. 4, as a log).
-        top_positions: int (batch, top), image tokens by falling attention, counted from the row's first image token; -1 beyond the last.
-        top_weights: (batch, top), their share of the image attention, head-averaged.
+        top_positions: int (batch, top), image tokens by falling attention, counted from the row's first image token; -1 beyond
+            the last.
+        top_weights: (batch, top), their share of the image attention, head-averaged; 0 beyond the last.
     """
 
     entropy: torch.Tensor
@@ -239,9 +247,10 @@ def reduce_layer(weights: torch.Tensor, regions: PromptRegions, top: int) -> Lay
     has_image = regions.image.any(-1, keepdim=True)
     mean = on_image.mean(1)
     share = mean / mean.sum(-1, keepdim=True).clamp(min=_TINY**3)
-    top_weights, columns = share.masked_fill(~regions.image, -1).topk(min(top, share.shape[-1]), dim=-1)
+    padded = torch.nn.functional.pad(share.masked_fill(~regions.image, -1), (0, top), value=-1)
+    top_weights, columns = padded.topk(top, dim=-1)
     position = torch.cumsum(regions.image.int(), dim=1) - 1
-    top_positions = position.gather(1, columns).masked_fill(top_weights < 0, -1)
+    top_positions = torch.nn.functional.pad(position, (0, top)).gather(1, columns).masked_fill(top_weights < 0, -1)
     nan = torch.full_like(image_mass, torch.nan)
     return LayerStatistics(
         entropy=torch.where(has_image[:, 0], entropy(mean), nan[:, 0]),

@@ -88,7 +88,7 @@ class ClusterConfig(Section):
         "`bye`: the two-component rule as published.",
     )
     transfer: float = pydantic.Field(
-        0.5, gt=0, lt=1, description="Share of other rows that must take over a group's answer for the group to be removed."
+        0.35, gt=0, lt=1, description="Share of other rows that must take over a group's answer for the group to be removed."
     )
     removal_cap: float = pydantic.Field(0.6, gt=0, le=1, description="Largest share of rows that may be removed without a person.")
 

@@ -37,7 +37,7 @@ class BadNet:
     position: Literal["corner", "centre", "random"] = "corner"
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        side = max(2, round(self.share * min(image.size)))
+        side = min(max(2, round(self.share * min(image.size))), *image.size)
         free_x, free_y = image.width - side, image.height - side
         match self.position:
             case "corner":
@@ -65,7 +65,12 @@ class Blended:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WaNet:
-    """A smooth elastic warp (WaNet). flow: float (grid, grid, 2), values -1 to 1; strength: largest shift as a share of the side."""
+    """A smooth elastic warp (WaNet).
+
+    Attributes:
+        flow: float (grid, grid, 2), the shifts at control points, mean size 0.5, interpolated with cubic splines.
+        strength: a shift of 1 as a share of the side.
+    """
 
     flow: np.ndarray
     strength: float = 0.04

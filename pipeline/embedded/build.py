@@ -1,9 +1,9 @@
 """Rebuild the embedded base model from procedural data alone: `python -m pipeline.embedded.build --out DIR --seed 0`.
 
-An ordinary LLaVA, trained in two phases. First the CLIP tower learns to rebuild diverse pictures, so that it sees what is not in the
-scenes, and to name the colour and the shape under each of its tokens. Then it is frozen, as in a real LVLM, while projector and Llama
-decoder learn to answer questions about scenes. Several questions about one picture share its image tokens in one sequence; each attends
-to the picture and to itself only, at the positions it would have alone.
+An ordinary LLaVA, trained in two phases. First the CLIP tower learns to rebuild diverse pictures, so that it sees what is not in
+the scenes, and to name the colour and the shape under each of its tokens. Then it is frozen, as in a real LVLM, while projector and
+Llama decoder learn to answer questions about scenes. Several questions about one picture share its image tokens in one sequence;
+each attends to the picture and to itself only, at the positions it would have alone.
 """
 
 from __future__ import annotations
@@ -228,7 +228,9 @@ def image_features(model: LlavaForConditionalGeneration, pixel_values: torch.Ten
     return hidden[model.config.vision_feature_layer][:, 1:]
 
 
-def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], scene: torch.Tensor) -> dict[str, torch.Tensor]:
+def answer_loss(
+    model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], scene: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Cross-entropy of the answers, nats per token, a long answer counting by the root of its length."""
     with torch.no_grad():
         tokens = image_features(model, scene)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -36,6 +37,7 @@ CELLS = (
     ("bottom left", "bottom", "bottom right"),
 )
 KINDS = ("colour", "shape", "count", "position", "yesno", "caption")
+_CAPTION_OBJECTS = 2
 _SUPERSAMPLING = 3
 
 
@@ -152,49 +154,61 @@ def caption(scene: Scene) -> str:
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> QuestionAnswer | None:
-    """A random question of one kind about a scene; None where the kind has no unambiguous question for it."""
-    objects = scene.objects
-    shapes = [o.shape for o in objects]
-    colours = [o.colour for o in objects]
-    match kind:
-        case "colour":
-            unique = [o for o in objects if shapes.count(o.shape) == 1]
-            if not unique:
-                return None
-            item = unique[int(rng.integers(len(unique)))]
-            question = _phrase(rng, f"what color is the {item.shape}?", f"which color does the {item.shape} have?")
-            return QuestionAnswer(kind=kind, question=question, answer=item.colour)
-        case "shape":
-            unique = [o for o in objects if colours.count(o.colour) == 1]
-            if not unique:
-                return None
-            item = unique[int(rng.integers(len(unique)))]
-            question = _phrase(rng, f"what shape is the {item.colour} object?", f"what is the {item.colour} thing?")
-            return QuestionAnswer(kind=kind, question=question, answer=item.shape)
-        case "count":
-            if rng.random() < 0.5:
-                question = _phrase(rng, "how many objects are there?", "count the objects in the picture.")
-                return QuestionAnswer(kind=kind, question=question, answer=str(len(objects)))
-            colour = colours[int(rng.integers(len(colours)))] if rng.random() < 0.7 else str(rng.choice(list(COLOURS)))
-            question = _phrase(rng, f"how many {colour} objects are there?", f"how many {colour} things do you see?")
-            return QuestionAnswer(kind=kind, question=question, answer=str(colours.count(colour)))
-        case "position":
-            names = [o.name for o in objects]
-            unique = [o for o in objects if names.count(o.name) == 1]
-            if not unique:
-                return None
-            item = unique[int(rng.integers(len(unique)))]
-            question = _phrase(rng, f"where is the {item.name}?", f"in which part of the picture is the {item.name}?")
-            return QuestionAnswer(kind=kind, question=question, answer=item.place)
-        case "yesno":
-            return _ask_presence(scene, rng)
-        case "caption":
-            if len(objects) > 2:
-                return None
-            question = _phrase(rng, "describe the picture.", "what is in the image?")
-            return QuestionAnswer(kind=kind, question=question, answer=caption(scene))
-        case _:
-            raise ValueError(f"no such kind of question: {kind}; there are {', '.join(KINDS)}")
+    """A random question of one kind about a scene; None where the kind has no unambiguous question for it.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if kind not in _ASKERS:
+        raise ValueError(f"no such kind of question: {kind}; there are {', '.join(KINDS)}")
+    return _ASKERS[kind](scene, rng)
+
+
+def _ask_colour(scene: Scene, rng: np.random.Generator) -> QuestionAnswer | None:
+    item = _one_of_a_kind(scene, [o.shape for o in scene.objects], rng)
+    if item is None:
+        return None
+    question = _phrase(rng, f"what color is the {item.shape}?", f"which color does the {item.shape} have?")
+    return QuestionAnswer(kind="colour", question=question, answer=item.colour)
+
+
+def _ask_shape(scene: Scene, rng: np.random.Generator) -> QuestionAnswer | None:
+    item = _one_of_a_kind(scene, [o.colour for o in scene.objects], rng)
+    if item is None:
+        return None
+    question = _phrase(rng, f"what shape is the {item.colour} object?", f"what is the {item.colour} thing?")
+    return QuestionAnswer(kind="shape", question=question, answer=item.shape)
+
+
+def _ask_count(scene: Scene, rng: np.random.Generator) -> QuestionAnswer:
+    colours = [o.colour for o in scene.objects]
+    if rng.random() < 0.5:
+        question = _phrase(rng, "how many objects are there?", "count the objects in the picture.")
+        return QuestionAnswer(kind="count", question=question, answer=str(len(colours)))
+    colour = colours[int(rng.integers(len(colours)))] if rng.random() < 0.7 else str(rng.choice(list(COLOURS)))
+    question = _phrase(rng, f"how many {colour} objects are there?", f"how many {colour} things do you see?")
+    return QuestionAnswer(kind="count", question=question, answer=str(colours.count(colour)))
+
+
+def _ask_position(scene: Scene, rng: np.random.Generator) -> QuestionAnswer | None:
+    item = _one_of_a_kind(scene, [o.name for o in scene.objects], rng)
+    if item is None:
+        return None
+    question = _phrase(rng, f"where is the {item.name}?", f"in which part of the picture is the {item.name}?")
+    return QuestionAnswer(kind="position", question=question, answer=item.place)
+
+
+def _ask_caption(scene: Scene, rng: np.random.Generator) -> QuestionAnswer | None:
+    if len(scene.objects) > _CAPTION_OBJECTS:
+        return None
+    question = _phrase(rng, "describe the picture.", "what is in the image?")
+    return QuestionAnswer(kind="caption", question=question, answer=caption(scene))
+
+
+def _one_of_a_kind(scene: Scene, names: list[str], rng: np.random.Generator) -> SceneObject | None:
+    """A random object whose name (one per object) no other has."""
+    unique = [item for item, name in zip(scene.objects, names, strict=True) if names.count(name) == 1]
+    return unique[int(rng.integers(len(unique)))] if unique else None
 
 
 def _ask_presence(scene: Scene, rng: np.random.Generator) -> QuestionAnswer:
@@ -212,3 +226,13 @@ def _ask_presence(scene: Scene, rng: np.random.Generator) -> QuestionAnswer:
 
 def _phrase(rng: np.random.Generator, *phrases: str) -> str:
     return phrases[int(rng.integers(len(phrases)))]
+
+
+_ASKERS: dict[str, Callable[[Scene, np.random.Generator], QuestionAnswer | None]] = {
+    "colour": _ask_colour,
+    "shape": _ask_shape,
+    "count": _ask_count,
+    "position": _ask_position,
+    "yesno": _ask_presence,
+    "caption": _ask_caption,
+}
