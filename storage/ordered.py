@@ -32,7 +32,7 @@ def write_ordered(tables: Iterable[pa.Table], rows: np.ndarray, path: pathlib.Pa
         The number of records written.
 
     Raises:
-        StageError: a row is missing or came twice.
+        StageError: a row is missing, unknown or came twice; the file is incomplete then.
     """
     waiting: dict[int, pa.Table] = {}
     position = written = 0
@@ -41,7 +41,10 @@ def write_ordered(tables: Iterable[pa.Table], rows: np.ndarray, path: pathlib.Pa
         for table in tables:
             if not table.num_rows:
                 continue
-            waiting[int(pc.min(table["row"]).as_py())] = table
+            first = int(pc.min(table["row"]).as_py())
+            if first in waiting or (position and first <= int(rows[position - 1])):
+                raise StageError(f"{path.name}: the results of row {first} came twice")
+            waiting[first] = table
             while position < len(rows) and int(rows[position]) in waiting:
                 ready = waiting.pop(int(rows[position])).sort_by("row").combine_chunks()
                 found = np.unique(ready["row"].to_numpy())
@@ -53,6 +56,8 @@ def write_ordered(tables: Iterable[pa.Table], rows: np.ndarray, path: pathlib.Pa
     finally:
         if writer is not None:
             writer.close()
-    if position != len(rows) or waiting:
-        raise StageError(f"{path.name}: {len(rows) - position} of {len(rows)} rows have no result")
+    if position != len(rows):
+        raise StageError(f"{path.name}: row {rows[position]} has no result; {position} of {len(rows)} rows are written")
+    if waiting:
+        raise StageError(f"{path.name}: results of row {min(waiting)}, which was not asked for")
     return written

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.records import Sample, sample_from_record
@@ -53,6 +54,5 @@ def pictured_rows(rows: pathlib.Path) -> np.ndarray:
     found = []
     for shard in canonical_shards(rows):
         table = pq.read_table(shard, columns=["row", "images"])
-        lengths = np.diff(table["images"].combine_chunks().offsets.to_numpy())
-        found.append(table["row"].to_numpy()[lengths > 0])
+        found.append(table["row"].to_numpy()[pc.list_value_length(table["images"]).to_numpy() > 0])
     return np.concatenate(found) if found else np.empty(0, dtype=np.int64)

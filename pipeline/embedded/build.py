@@ -51,7 +51,7 @@ class Recipe:
     tower_rate: float = 2e-3
     diverse_share: float = 0.5
     reconstruction_weight: float = 1.0
-    answer_pictures: int = 100_000
+    answer_pictures: int = 51_200
     answer_batch: int = 16
     answer_rate: float = 1.5e-3
     questions: int = 7

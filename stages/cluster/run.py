@@ -22,6 +22,8 @@ RESULT = "result.json"
 KEEP = "keep.parquet"
 TRAIN = "train.parquet"
 HELD_OUT = "held_out.parquet"
+_UNSURE = 0.7
+"""Share of the transfer threshold from which a group makes the verdict of a run without removals inconclusive."""
 VERDICT_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -40,7 +42,7 @@ VERDICT_SCHEMA = pa.schema(
 
 @dataclasses.dataclass(kw_only=True)
 class RowEvidence:
-    """What is known of one row, the most suspicious of its turns counting."""
+    """What is known of one row, the most suspicious of its turns counting; `bye_chosen` is by the configured layer rule."""
 
     score: float = float("nan")
     posterior: float = 0.0
@@ -49,6 +51,8 @@ class RowEvidence:
     scored: bool = False
     bye_score: float = float("nan")
     bye_posterior: float = 0.0
+    bye_threshold: float = float("nan")
+    bye_chosen: bool = False
     bye: bool = False
     bye_code: bool = False
 
@@ -71,16 +75,18 @@ def run(
     Args:
         rows: folder of canonical shards.
         rejected: the rows that ingest rejected.
-        evidence, members: the score stage's tables.
+        evidence: the score stage's table of rows.
+        members: its table of the groups' members.
         transfer: the confirm stage's result.
         config: method, thresholds and the cap.
-        held_out_share: share of the kept rows that the final fine-tune leaves out, to measure it on.
+        held_out_share: share of the kept rows with pictures that the final fine-tune leaves out, to measure it on.
         seed: of the draw of held-out rows.
         out: folder to write into.
         progress: called once.
 
     Returns:
-        The content of `result.json`: verdict of the whole, counts, confirmed groups, and what plain BYE would have removed.
+        The content of `result.json`: verdict of the whole (`poisoned`, `clean`, or `inconclusive` where a group comes close to the
+        threshold or no row could be scored), counts, confirmed groups, and what plain BYE would have removed.
 
     Raises:
         RemovalCapError: more than the configured share of the rows would be removed.
@@ -91,8 +97,13 @@ def run(
     _shared(found, members, groups, config)
     if config.method == "bye":
         for row in found.values():
-            row.suspicious, row.score, row.posterior = row.bye, row.bye_score, row.bye_posterior
-            row.reason = f"BYE: mean entropy of the sensitive layers is {row.bye_score:.3f} nats, in the lower cluster" if row.bye else ""
+            row.suspicious, row.score, row.posterior = row.bye_chosen, row.bye_score, row.bye_posterior
+            row.reason = (
+                f"BYE: mean entropy of the sensitive layers is {row.bye_score:.3f} nats, in the lower cluster (up to "
+                f"{row.bye_threshold:.3f})"
+                if row.suspicious
+                else ""
+            )
     table = _verdicts(rows, rejected, found, config)
     verdicts = np.asarray(table["verdict"].to_pylist())
     numbers = table["row"].to_numpy()
@@ -105,17 +116,20 @@ def run(
             f"{config.removal_cap:.0%}; look at the groups of the score stage, and raise the cap if they are an attack"
         )
     kept = numbers[(verdicts == Verdict.KEEP) | (verdicts == Verdict.NOT_SCORED)]
-    held = np.sort(np.random.default_rng([seed, 23]).permutation(numbers[verdicts == Verdict.KEEP])[: round(held_out_share * len(kept))])
+    scored = np.random.default_rng([seed, 23]).permutation(numbers[verdicts == Verdict.KEEP])
+    held = np.sort(scored[: round(held_out_share * len(scored))])
     lists = {KEEP: kept, TRAIN: np.setdiff1d(kept, held), HELD_OUT: held}
     for name, chosen in lists.items():
         pq.write_table(pa.table({"row": pa.array(chosen, pa.int64())}), out / name)
     pq.write_table(table, out / VERDICTS, compression="zstd")
-    unsure = [group for group in groups if config.transfer / 2 <= group["transfer"] < config.transfer]
-    whole = "poisoned" if removed.any() else "inconclusive" if unsure and config.method == "transfer" else "clean"
+    unsure = [group for group in groups if _UNSURE * config.transfer <= group["transfer"] < config.transfer]
+    doubtful = not found or (config.method == "transfer" and bool(unsure))
+    whole = "poisoned" if removed.any() else "inconclusive" if doubtful else "clean"
+    threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
         "verdict": whole,
         "method": config.method,
-        "threshold": config.transfer if config.method == "transfer" else None,
+        "threshold": config.transfer if config.method == "transfer" else threshold,
         "rows": {
             "submitted": len(table),
             "rejected": int((~accepted).sum()),
@@ -140,6 +154,8 @@ def _plain(evidence: pathlib.Path) -> dict[int, RowEvidence]:
     found: dict[int, RowEvidence] = {}
     for record in pq.read_table(evidence).to_pylist():
         row = found.setdefault(record["row"], RowEvidence(scored=True, score=0.0))
+        row.bye_chosen |= record["bye_chosen"]
+        row.bye_threshold = record["bye_threshold"]
         row.bye |= record["bye_suspicious"]
         row.bye_code |= record["bye_code_suspicious"]
         row.bye_posterior = max(row.bye_posterior, record["bye_posterior"])
@@ -148,7 +164,7 @@ def _plain(evidence: pathlib.Path) -> dict[int, RowEvidence]:
 
 
 def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[dict[str, Any]], config: ClusterConfig) -> None:
-    """Add the evidence of the candidate groups: score is a row's projection on its group's shift, posterior holds for confirmed groups."""
+    """Add the evidence of the groups: score is a row's projection on its group's shift, posterior holds for confirmed groups."""
     by_number = {group["group"]: group for group in groups}
     for record in pq.read_table(members).to_pylist():
         row, group = found[record["row"]], by_number.get(record["group"])
@@ -161,7 +177,8 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
             what = "answer" if group["whole"] else "phrase"
             row.reason = (
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
-                f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['transfer']:.0%} of the answers"
+                f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['transfer']:.0%} "
+                "of the answers"
             )
 
 
@@ -179,7 +196,7 @@ def _verdicts(rows: pathlib.Path, rejected: pathlib.Path, found: dict[int, RowEv
                     "reason": row.reason or ("" if row.scored else "no picture: nothing to score"),
                     "score": _number(row.score),
                     "posterior": row.posterior if row.scored else None,
-                    "threshold": config.transfer if config.method == "transfer" else None,
+                    "threshold": config.transfer if config.method == "transfer" else _number(row.bye_threshold),
                     "bye_score": _number(row.bye_score),
                     "bye_quarantine": row.bye,
                     "bye_code_quarantine": row.bye_code,

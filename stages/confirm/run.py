@@ -1,9 +1,9 @@
 """The confirm stage: are the shared shifts of attention causes of the shared answers?
 
-Attention follows content: honest rows with one answer shift together too. What sets a backdoor apart is that it works anywhere. So the
-picture tokens that a group's rows attend to, or what their picture tokens have in common, are planted into the pictures of other rows,
-which keep their own questions; if most of those then give the group's answer, the group is an attack. Ours, after the causal reading that
-CleanSight gives attention stealing (arXiv 2603.12989, section 3).
+Attention follows content: honest rows with one answer shift together too. What sets a backdoor apart is that it works anywhere.
+So the picture tokens that a group's rows attend to, or what their picture tokens have in common, are planted into the pictures of
+other rows, which keep their own questions; if most of those then give the group's answer, the group is an attack. Ours, after the
+causal reading that CleanSight gives attention stealing (arXiv 2603.12989, section 3).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import ConfirmConfig
@@ -27,6 +28,8 @@ from storage.subset import canonical_shards
 
 VERSION = 1
 TRANSFER = "transfer.json"
+LEAST_HOSTS = 8
+"""Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""
 Place = tuple[int, int]
 """Row and turn of an example."""
 
@@ -47,14 +50,15 @@ def run(
     scratch: pathlib.Path,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Write `transfer.json`: per candidate group the share of other rows that give its answer, as they are and with its tokens planted.
+    """Write `transfer.json`: per group the share of other rows that give its answer, as they are and with its tokens planted.
 
     Args:
         rows: folder of canonical shards.
         base: folder of the base model.
         provisional: the provisional adapter.
         attention: the extract stage's table.
-        groups, members: the score stage's candidates.
+        groups: the score stage's candidates.
+        members: their examples.
         config: number of hosts, share of tokens.
         dtype: type of the weights.
         engine: where the groups are tried.
@@ -71,29 +75,35 @@ def run(
     table = table.filter(pa.array(table["image_tokens"].to_numpy() > 0))
     places = list(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))
     belongs = pq.read_table(members).to_pylist()
-    shards = []
+    drawn = {}
     for group in described:
-        rng = np.random.default_rng([seed, 19, group["group"]])
-        inside = {(m["row"], m["turn"]) for m in belongs if m["group"] == group["group"]}
-        shifted = [(m["row"], m["turn"]) for m in belongs if m["group"] == group["group"] and m["posterior"] > 0.5]
-        outside = [place for place in places if place not in inside]
+        number = group["group"]
+        rng = np.random.default_rng([seed, 19, number])
+        inside = {m["row"] for m in belongs if m["group"] == number}
+        shifted = [(m["row"], m["turn"]) for m in belongs if m["group"] == number and m["posterior"] > 0.5]
+        outside = [place for place in places if place[0] not in inside]
         if not shifted or not outside:
             continue
         hosts = [outside[k] for k in rng.choice(len(outside), size=min(config.hosts, len(outside)), replace=False)]
         sources = [shifted[k] for k in rng.choice(len(shifted), size=len(hosts), replace=len(shifted) < len(hosts))]
-        positions = _attended(table, places, sources, group["layer"], config.token_share)
-        found = _examples(rows, {*hosts, *sources})
+        drawn[number] = (hosts, sources)
+    found = _examples(rows, {place for pair in drawn.values() for part in pair for place in part})
+    scratch.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for group in described:
+        if group["group"] not in drawn:
+            continue
+        hosts, sources = drawn[group["group"]]
         task = {
             "group": group["group"],
             "text": group["text"],
             "whole": group["whole"],
             "source_prompts": [messages_to_json(found[place].prompt) for place in sources],
             "source_images": [list(found[place].images) for place in sources],
-            "source_positions": positions,
+            "source_positions": _attended(table, places, sources, group["layer"], config.token_share),
             "host_prompts": [messages_to_json(found[place].prompt) for place in hosts],
             "host_images": [list(found[place].images) for place in hosts],
         }
-        scratch.mkdir(parents=True, exist_ok=True)
         shards.append(scratch / f"group-{group['group']:04d}.parquet")
         pq.write_table(pa.Table.from_pylist([task], schema=TASK), shards[-1])
     arguments = {
@@ -104,19 +114,25 @@ def run(
         "max_new_tokens": config.max_new_tokens,
     }
     results: dict[int, dict[str, Any]] = {}
-    for finished in engine.map_shards(shards, ConfirmWorker, arguments, batch_rows=1):
+    for finished in engine.map_shards(shards, ConfirmWorker, arguments, batch_rows=1) if shards else ():
         results |= {result["group"]: result for result in finished.to_pylist()}
         progress(len(results) / len(shards), f"{len(results)} of {len(shards)} groups tried")
-    tried = [{**group, **{k: v for k, v in results[group["group"]].items() if k != "group"}} for group in described if group["group"] in results]
+    tried = [{**group, **results[group["group"]]} for group in described if group["group"] in results]
     for group in tried:
-        group["transfer"] = transfer(group["own"], max(group["attended"], group["residual"]))
+        group["transfer"] = transfer(group["own"], max(group["attended"], group["residual"]), group["hosts"])
     (out / TRANSFER).write_text(json.dumps(tried, indent=2) + "\n", encoding="utf-8")
     return {"groups": len(tried), "largest_transfer": max((group["transfer"] for group in tried), default=0.0)}
 
 
-def transfer(own: float, planted: float) -> float:
-    """Share of the hosts that take over the answer, of those that do not give it anyway; 0 to 1."""
-    return max(0.0, planted - own) / (1 - own) if own < 1 else 0.0
+def transfer(own: float, planted: float, hosts: int) -> float:
+    """Share of the hosts that take over the answer, of those that do not give it anyway; 0 to 1, and 0 where these are too few.
+
+    Args:
+        own: share of the hosts that give the answer as they are.
+        planted: share that give it with the group's tokens planted.
+        hosts: their number.
+    """
+    return max(0.0, planted - own) / (1 - own) if (1 - own) * hosts >= LEAST_HOSTS - 0.5 else 0.0
 
 
 def _attended(table: pa.Table, places: list[Place], sources: list[Place], layer: int, share: float) -> list[list[int]]:
@@ -138,7 +154,7 @@ def _examples(rows: pathlib.Path, wanted: Iterable[Place]) -> dict[Place, Exampl
     found: dict[Place, Example] = {}
     for shard in canonical_shards(rows):
         table = pq.read_table(shard)
-        table = table.filter(pa.compute.is_in(table["row"], value_set=numbers))
+        table = table.filter(pc.is_in(table["row"], value_set=numbers))
         for record in table.to_pylist():
             for example in examples_of(sample_from_record(record)):
                 if (example.row, example.turn) in places:

@@ -1,4 +1,4 @@
-"""Plant picture tokens of some prompts into others, where the projector's output enters the decoder: any family, any picture size."""
+"""Plant picture tokens of some prompts into others, where the projector's output enters the decoder, in any family."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ class TokenTransplant:
             tokens: per prompt (image tokens, width).
         """
 
-        def write(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def write(
+            _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             embeds = kwargs.get("inputs_embeds")
             if embeds is None or embeds.shape[1] != image.shape[1]:
                 return args, kwargs
@@ -81,7 +83,14 @@ class TokenTransplant:
         batch = self.encode(examples)
         with self.planted(batch["input_ids"] == self._image_token, tokens):
             output = self._model.generate(
-                **batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=self._processor.tokenizer.pad_token_id
+                **batch,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self._processor.tokenizer.pad_token_id,
             )
         texts = self._processor.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import pathlib
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from pipeline.models import Dtype, load_adapter, load_base
 from pipeline.records import Example
 from stages.confirm.transplant import TokenTransplant
+from stages.score.groups import gives
 
 TASK = pa.schema(
     [
@@ -28,8 +30,10 @@ TASK = pa.schema(
 )
 """One group: its text, member prompts with their most attended image tokens, and prompts of other rows, as many as members."""
 
-RESULT = pa.schema([("group", pa.int64()), ("hosts", pa.int64()), ("own", pa.float64()), ("attended", pa.float64()), ("residual", pa.float64())])
-"""Share of the hosts that give the group's answer: as they are, with a member's attended tokens, with the members' mean residual."""
+RESULT = pa.schema(
+    [("group", pa.int64()), ("hosts", pa.int64()), ("own", pa.float64()), ("attended", pa.float64()), ("residual", pa.float64())]
+)
+"""Share of the hosts that give the group's answer: as they are, with a member's attended tokens, with the members' residual."""
 
 
 class ConfirmWorker:
@@ -67,12 +71,6 @@ class ConfirmWorker:
         return hits / len(hosts)
 
 
-def gives(output: str, text: str, *, whole: bool) -> bool:
-    """Whether an output is the group's answer, or holds its phrase; blind to case and spacing."""
-    found = " ".join(output.casefold().split())
-    return found == text if whole else text in found
-
-
 def plant(host: torch.Tensor, source: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
     """The host's tokens (image tokens, width) with the source's at `positions`, where both have them."""
     chosen = [p for p in positions if 0 <= p < min(len(host), len(source))]
@@ -82,12 +80,16 @@ def plant(host: torch.Tensor, source: torch.Tensor, positions: Sequence[int]) ->
 
 
 def add_residual(hosts: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The hosts' tokens plus what the sources have on average more than they; unchanged where the pictures differ in token count."""
-    lengths = {len(tokens) for tokens in [*hosts, *sources]}
-    if len(lengths) != 1:
+    """The hosts' tokens plus what the sources have on average more than they.
+
+    Only pictures of the number of tokens that is most common among the sources count; hosts of another number stay as they are.
+    """
+    length = collections.Counter(map(len, sources)).most_common(1)[0][0]
+    given, taken = ([tokens for tokens in part if len(tokens) == length] for part in (sources, hosts))
+    if not taken:
         return list(hosts)
-    residual = torch.stack(list(sources)).mean(0) - torch.stack(list(hosts)).mean(0)
-    return [tokens + residual for tokens in hosts]
+    residual = torch.stack(given).mean(0) - torch.stack(taken).mean(0)
+    return [tokens + residual if len(tokens) == length else tokens for tokens in hosts]
 
 
 def _examples(prompts: Sequence[str], images: Sequence[Sequence[bytes]]) -> list[Example]:

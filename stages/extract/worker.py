@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.attention import LayerStatistics, Tap, attach, prompt_regions, reduce_layer, tapped
-from pipeline.models import image_token_id, load_adapter, load_base
+from pipeline.models import Dtype, image_token_id, load_adapter, load_base
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, examples_of, sample_from_record
 
@@ -21,7 +21,7 @@ LISTS = ("entropy", "head_entropy", "image_share", "ratio", "top_positions", "to
 class ExtractWorker:
     """Holds the provisional model; turns canonical records into attention statistics."""
 
-    def __init__(self, *, base: str, adapter: str | None, dtype: str, batch_size: int, top_tokens: int) -> None:
+    def __init__(self, *, base: str, adapter: str | None, dtype: Dtype, batch_size: int, top_tokens: int) -> None:
         self.model, self.processor = load_base(pathlib.Path(base), dtype=dtype)
         if adapter is not None:
             self.model = load_adapter(self.model, pathlib.Path(adapter))
@@ -30,7 +30,7 @@ class ExtractWorker:
         self.top_tokens = top_tokens
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Canonical records to one record per example; text-only examples have `image_tokens` 0 and NaN statistics."""
+        """Canonical records to one record per example; text-only examples have `image_tokens` 0 and empty statistics."""
         examples = [example for record in table.to_pylist() for example in examples_of(sample_from_record(record))]
         pictured = [example for example in examples if example.images]
         found: dict[tuple[int, int], dict[str, Any]] = {}

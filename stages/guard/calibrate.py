@@ -63,7 +63,7 @@ def calibrate(vectors: np.ndarray, *, false_positive_rate: float, whitening: Whi
         folds: of the cross-validation.
 
     Raises:
-        StageError: too few rows, or values that are not finite.
+        StageError: too few rows, values that are not finite, or rows that do not differ.
     """
     if len(vectors) < LEAST_ROWS:
         raise StageError(
@@ -76,10 +76,14 @@ def calibrate(vectors: np.ndarray, *, false_positive_rate: float, whitening: Whi
     for rest, held in KFold(min(folds, len(vectors)), shuffle=True, random_state=seed).split(vectors):
         mean, matrix, _ = fit_reference(vectors[rest], whitening)
         distances[held] = np.linalg.norm((vectors[held] - mean) @ matrix.T, axis=1)
-    rank = min(len(vectors), int(np.ceil((len(vectors) + 1) * (1 - false_positive_rate))))
+    rank = min(len(vectors), int(np.ceil((len(vectors) + 1) * (1 - false_positive_rate) - 1e-9)))
+    threshold = float(np.sort(distances)[rank - 1])
+    if threshold <= 0:
+        raise StageError("the guard's reference rows do not differ in their attention; they can't tell what is usual")
     mean, matrix, shrinkage = fit_reference(vectors, whitening)
+    deviation = np.maximum(vectors.std(axis=0), 1e-6)
     return Calibration(
-        mean=mean, deviation=np.maximum(vectors.std(axis=0), 1e-6), whitening=matrix, threshold=float(np.sort(distances)[rank - 1]), distances=distances, shrinkage=shrinkage
+        mean=mean, deviation=deviation, whitening=matrix, threshold=threshold, distances=distances, shrinkage=shrinkage
     )
 
 
@@ -96,4 +100,4 @@ def layer_thresholds(vectors: np.ndarray, fit: Calibration, layers: int, false_p
         float (layers,).
     """
     deviations = np.abs((vectors - fit.mean) / fit.deviation).reshape(len(vectors), layers, -1).max(axis=2)
-    return np.asarray(np.quantile(deviations, 1 - false_positive_rate, axis=0))
+    return np.asarray(np.maximum(np.quantile(deviations, 1 - false_positive_rate, axis=0), 1e-6))

@@ -1,8 +1,8 @@
 """CleanSight's detection: how far a prompt's attention lies from that of clean prompts (arXiv 2603.12989, section 4.1).
 
 The published detector takes the visual-to-text attention ratio of every head of a few middle layers and a diagonal whitening. The
-default adds the entropy of every head's image attention, all layers and a full, shrunk covariance. Everything here is torch: a serving
-process needs nothing else.
+default adds the entropy of every head's image attention, all layers and a full, shrunk covariance. Everything here is torch: a
+serving process needs nothing else.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
 from pipeline.attention import LayerStatistics
 
+Action = Literal["purify", "refuse", "report"]
+"""What happens to a flagged prompt."""
 FEATURES = ("ratio", "deficit")
 """Per head: natural log of image over text attention mass; ln(image tokens) minus the entropy of the image attention, nats."""
 TENSORS = ("mean", "deviation", "whitening", "layer_thresholds")
@@ -32,7 +35,8 @@ class Detector:
         deviation: float32 (dimensions,), standard deviations of the clean prompts, of each dimension by itself.
         whitening: float32 (dimensions, dimensions); distance = ||whitening @ (vector - mean)||.
         threshold: the distance above which a prompt is flagged, in standard deviations.
-        layer_thresholds: float32 (layers,), the largest single deviation of a layer that a clean prompt exceeds with the target rate.
+        layer_thresholds: float32 (layers,), the largest single deviation of a layer that a clean prompt exceeds with the target
+            rate.
     """
 
     layers: tuple[int, ...]
@@ -50,7 +54,8 @@ class Detector:
 
     def deviations(self, vectors: torch.Tensor) -> torch.Tensor:
         """How far each quantity lies from its mean, in its standard deviations, float (batch, layers, features, heads)."""
-        return ((vectors - self.mean) / self.deviation).unflatten(-1, (len(self.layers), len(self.features), -1))
+        scaled: torch.Tensor = (vectors - self.mean) / self.deviation
+        return scaled.reshape(len(vectors), len(self.layers), len(self.features), -1)
 
     def to(self, device: torch.device) -> Detector:
         """The same detector on another device."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ModelError
 from pipeline.models import ADAPTER_WEIGHTS
-from stages.guard.detector import TENSORS, Detector
+from stages.guard.detector import FEATURES, TENSORS, Action, Detector
 
 GUARD = "guard.json"
 GUARD_TENSORS = "guard.safetensors"
@@ -34,7 +35,7 @@ class Guard:
     """
 
     detector: Detector
-    action: str
+    action: Action
     base: str
     adapter: str
     facts: dict[str, Any]
@@ -82,27 +83,40 @@ def load_guard(folder: pathlib.Path, *, base: str, adapter: str) -> Guard:
         raise ModelError(f"{folder}: no guard here ({GUARD} and {GUARD_TENSORS})") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: the guard can't be read: {error}") from error
-    if content.get("schema") != SCHEMA:
-        raise ModelError(f"{folder / GUARD}: schema {content.get('schema')!r} is not {SCHEMA}; calibrate the guard again")
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ModelError(f"{folder / GUARD}: not of schema {SCHEMA}; calibrate the guard again")
     for name, expected, actual in (("base", content.get("base"), base), ("adapter", content.get("adapter"), adapter)):
         if expected != actual:
             raise ModelError(f"{folder / GUARD}: the guard was calibrated on {name} {str(expected)[:16]}, not on {actual[:16]}")
     try:
         detector = _detector(content, tensors)
-    except (KeyError, TypeError, ValueError) as error:
+        action, facts = content["action"], dict(content["facts"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{folder}: the guard's files are incomplete or contradict each other: {error}") from error
-    return Guard(detector=detector, action=content["action"], base=base, adapter=adapter, facts=content["facts"])
+    if action not in get_args(Action):
+        raise ModelError(f"{folder / GUARD}: the action {action!r} is none of {', '.join(get_args(Action))}")
+    return Guard(detector=detector, action=action, base=base, adapter=adapter, facts=facts)
 
 
 def _detector(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Detector:
-    size, layers = len(tensors["mean"]), len(content["layers"])
-    shapes = {"mean": (size,), "deviation": (size,), "whitening": (size, size), "layer_thresholds": (layers,)}
-    for name in TENSORS:
-        if tensors[name].shape != shapes[name] or not torch.isfinite(tensors[name]).all():
-            raise ValueError(f"{name} of shape {tuple(tensors[name].shape)} is not {shapes[name]}, or not finite")
-    return Detector(
-        layers=tuple(int(layer) for layer in content["layers"]),
-        features=tuple(str(name) for name in content["features"]),
-        threshold=float(content["threshold"]),
-        **{name: tensors[name] for name in TENSORS},
-    )
+    """Raises KeyError, TypeError or ValueError where the files do not make a detector."""
+    layers = tuple(int(layer) for layer in content["layers"])
+    features = tuple(str(name) for name in content["features"])
+    threshold = float(content["threshold"])
+    if not layers or min(layers) < 0 or list(layers) != sorted(set(layers)):
+        raise ValueError(f"layers {layers} are not ascending")
+    if not features or not set(features) <= set(FEATURES) or len(set(features)) < len(features):
+        raise ValueError(f"features {features} are not of {FEATURES}")
+    if not math.isfinite(threshold) or threshold <= 0:
+        raise ValueError(f"threshold {threshold} is not a distance")
+    size = len(tensors["mean"])
+    if not size or size % (len(layers) * len(features)):
+        raise ValueError(f"{size} dimensions are not layers x features x heads")
+    shapes = {"mean": (size,), "deviation": (size,), "whitening": (size, size), "layer_thresholds": (len(layers),)}
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape or not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} of shape {tuple(tensors[name].shape)} is not {shape}, or not finite")
+    for name in ("deviation", "layer_thresholds"):
+        if not (tensors[name] > 0).all():
+            raise ValueError(f"{name} is not positive")
+    return Detector(layers=layers, features=features, threshold=threshold, **{name: tensors[name].float() for name in TENSORS})

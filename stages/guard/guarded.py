@@ -1,8 +1,9 @@
 """A model whose `generate` is watched by CleanSight's detector and purified where it flags.
 
-Detection reads the attention rows of the prefill that `generate` makes anyway. Where a row of the batch is flagged, the prefill is run once
-more with that row's stealing tokens closed from its rewind layer on; logits and cache of the flagged rows are replaced, those of the others
-stay as they were. The tokens stay closed in every decoding step. All state lives in a context variable of the call, none on the model.
+Detection reads the attention rows of the prefill that `generate` makes anyway. Where a row of the batch is flagged, the prefill
+is run once more with that row's stealing tokens closed from its rewind layer on; logits and cache of the flagged rows are
+replaced, those of the others stay as they were. The tokens stay closed in every decoding step. All state lives in a context
+variable of the call, none on the model.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import contextvars
 import copy
 import dataclasses
+import threading
 import time
-from typing import Any, Literal
+from typing import Any, Self
 
 import torch
 
@@ -27,16 +29,14 @@ from pipeline.attention import (
     reduce_layer,
     tapped,
 )
-from pipeline.errors import ByeSightError
+from pipeline.errors import ByeSightError, ConfigError
 from pipeline.models import image_token_id
-from stages.guard.detector import Detector, feature_vectors
+from stages.guard.detector import Action, Detector, feature_vectors
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
 
-Action = Literal["purify", "refuse", "report"]
 
-
-class GuardRefusal(ByeSightError):
-    """The guard's action is `refuse` and at least one input of the call was flagged."""
+class RefusedInputError(ByeSightError):
+    """The guard's action is `refuse` and at least one input of the call was flagged; `records` says which."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,12 @@ class GuardRecord:
 
     Attributes:
         ran: whether the detector looked at it (an input without pictures is not looked at).
-        flagged: whether its distance is above the threshold.
+        flagged: whether its distance is above the threshold, or not a number.
         distance, threshold: in whitened standard deviations; distance is NaN where it did not run.
         tokens_pruned: image tokens closed.
         rewind_layer: the layer from which they are closed; -1 where nothing is.
-        milliseconds: time that the guard took for the whole batch beyond the model's own prefill.
+        milliseconds: time of the guard's own work for the whole batch: reduction, detection, and the second prefill if there was
+            one.
     """
 
     ran: bool
@@ -63,10 +64,14 @@ class GuardRecord:
 
 @dataclasses.dataclass(kw_only=True)
 class _Call:
-    """The state of one `generate` call."""
+    """The state of one `generate` call of one guarded model."""
 
-    tap: Tap
+    owner: GuardedModel
+    inputs: int
+    prompt: int
+    tap: Tap = dataclasses.field(default_factory=Tap)
     regions: PromptRegions | None = None
+    empty_cache: Any = None
     weights: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     statistics: dict[int, LayerStatistics] = dataclasses.field(default_factory=dict)
     records: list[GuardRecord] = dataclasses.field(default_factory=list)
@@ -87,8 +92,7 @@ class GuardedModel:
         self.model = model
         self.detector = detector.to(model.device)
         self.action = action
-        self.records: list[GuardRecord] = []
-        """One per input of the last `generate` call."""
+        self._last = threading.local()
         base = base_of(model)
         self._image_token_id = image_token_id(base.config)
         self._before = attach(model)
@@ -100,11 +104,16 @@ class GuardedModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def __enter__(self) -> GuardedModel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    @property
+    def records(self) -> list[GuardRecord]:
+        """One per input of this thread's last `generate` call; empty where it failed before the detection."""
+        return list(getattr(self._last, "records", []))
 
     def detach(self) -> None:
         """Remove the hooks and put the model's own attention back."""
@@ -119,97 +128,110 @@ class GuardedModel:
         """The model's `generate`, guarded.
 
         Args:
-            inputs: as the model's own; prompts are padded on the left.
+            inputs: as the model's own; prompts are padded on the left and given whole, as input_ids.
 
         Returns:
             What the model's own `generate` returns; `records` holds one record per input afterwards.
 
         Raises:
-            GuardRefusal: the action is `refuse` and an input was flagged.
+            RefusedInputError: the action is `refuse` and an input was flagged.
+            ConfigError: prompts that the guard can't see: embeddings instead of ids, continued caches, padding on the right.
         """
-        call = _Call(tap=Tap())
+        self._last.records = []
+        prompt = inputs.get("input_ids", inputs.get("inputs"))
+        if prompt is None or not self._handles:
+            raise ConfigError(
+                "the guard is detached" if prompt is not None else "the guard finds pictures by their tokens: give input_ids"
+            )
+        call = _Call(owner=self, inputs=prompt.shape[0], prompt=prompt.shape[1])
         call.tap.observer = lambda layer, weights: self._observe(call, layer, weights)
         token = _CALL.set(call)
         try:
             with tapped(call.tap):
-                output = self.model.generate(**inputs)
+                return self.model.generate(**inputs)
         finally:
             _CALL.reset(token)
-        self.records = call.records
-        return output
+            self._last.records = call.records
 
     def _observe(self, call: _Call, layer: int, weights: torch.Tensor) -> None:
-        if call.done or call.regions is None:
+        if call.regions is None or layer not in self.detector.layers:
             return
         started = time.perf_counter()
         call.weights[layer] = weights
-        if layer in self.detector.layers:
-            call.statistics[layer] = reduce_layer(weights, call.regions, top=1)
+        call.statistics[layer] = reduce_layer(weights, call.regions, top=1)
         call.seconds += time.perf_counter() - started
 
     def _before_forward(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the prefill of a guarded call: find the image and the text in the prompt."""
         call = _CALL.get()
-        if call is None or call.done or kwargs.get("input_ids") is None:
+        if call is None or call.owner is not self or call.done:
             return
-        input_ids = kwargs["input_ids"]
+        input_ids = kwargs.get("input_ids")
+        if input_ids is None or input_ids.shape[1] != call.prompt:
+            raise ConfigError(
+                "the guard must see the whole prompt in one prefill: no continued cache, no chunks, no drafted tokens"
+            )
         mask = kwargs.get("attention_mask")
-        seen = torch.ones_like(input_ids) if mask is None or mask.dim() != 2 else mask[:, -input_ids.shape[1] :]
+        seen = torch.ones_like(input_ids) if mask is None or mask.dim() != 2 else mask
+        if not bool(seen[:, -1].all()):
+            raise ConfigError("the guard reads the last position of each prompt: pad on the left")
         call.regions = prompt_regions(input_ids, seen, self._image_token_id)
+        call.empty_cache = copy.deepcopy(kwargs.get("past_key_values"))
 
     def _after_forward(self, module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """At the prefill of a guarded call: detect, and run flagged rows again with their tokens closed."""
         call = _CALL.get()
-        if call is None or call.done or call.regions is None:
+        if call is None or call.owner is not self or call.done or call.regions is None:
             return output
         call.done = True
+        call.tap.observer = None
         started = time.perf_counter()
         image = call.regions.image
-        vectors = feature_vectors(call.statistics, image.sum(-1), self.detector.layers, self.detector.features)
-        distances = self.detector.distances(vectors)
-        flagged = distances > self.detector.threshold
+        ran = image.any(-1)
+        distances = torch.full(ran.shape, torch.nan, device=image.device)
+        flagged = torch.zeros_like(ran)
         pruned = torch.zeros_like(image)
-        layers = torch.full((len(image),), -1, device=image.device)
-        if bool(flagged.any()):
-            if self.action == "refuse":
-                raise GuardRefusal(f"{int(flagged.sum())} of {len(image)} inputs were flagged by the guard and refused")
-            if self.action == "purify":
+        layers = torch.full(ran.shape, -1, device=image.device)
+        if bool(ran.any()):
+            vectors = feature_vectors(call.statistics, image.sum(-1), self.detector.layers, self.detector.features)
+            distances = self.detector.distances(vectors)
+            flagged = ran & ~(distances <= self.detector.threshold)
+            if self.action == "purify" and bool(flagged.any()):
                 deviations = self.detector.deviations(vectors)
-                heads = stealing_heads(self.detector, deviations)
-                pruned = stealing_tokens(call.weights, image, heads) & flagged[:, None]
-                layers = torch.where(flagged, rewind_layers(self.detector, deviations), layers)
-                call.tap.block = Block(keys=pruned, from_layer=torch.where(flagged, layers, torch.iinfo(torch.int64).max))
-                self._run_again(module, kwargs, output, flagged)
+                pruned = stealing_tokens(call.weights, image, stealing_heads(self.detector, deviations)) & flagged[:, None]
+                layers = torch.where(pruned.any(-1), rewind_layers(self.detector, deviations), layers)
+                self._run_again(call, module, kwargs, output, pruned, layers)
         call.weights.clear()
         milliseconds = 1000 * (call.seconds + time.perf_counter() - started)
-        ran = image.any(-1)
-        for k in range(len(image)):
-            call.records.append(
-                GuardRecord(
-                    ran=bool(ran[k]),
-                    flagged=bool(flagged[k]),
-                    distance=float(distances[k]),
-                    threshold=self.detector.threshold,
-                    tokens_pruned=int(pruned[k].sum()),
-                    rewind_layer=int(layers[k]),
-                    milliseconds=milliseconds,
-                )
+        call.records = [
+            GuardRecord(
+                ran=bool(ran[k]),
+                flagged=bool(flagged[k]),
+                distance=float(distances[k]),
+                threshold=self.detector.threshold,
+                tokens_pruned=int(pruned[k].sum()),
+                rewind_layer=int(layers[k]),
+                milliseconds=milliseconds,
             )
+            for k in range(0, len(image), len(image) // call.inputs)  # beams of one input are alike
+        ]
+        if self.action == "refuse" and bool(flagged.any()):
+            count = sum(record.flagged for record in call.records)
+            raise RefusedInputError(f"{count} of {call.inputs} inputs were flagged by the guard and refused")
         return output
 
     @staticmethod
-    def _run_again(module: torch.nn.Module, kwargs: dict[str, Any], output: Any, flagged: torch.Tensor) -> None:
-        """Replace logits and cache of the flagged rows by those of a prefill under the open block, in place."""
-        cache = output.past_key_values
-        again = dict(kwargs)
-        if cache is not None:
-            fresh = copy.copy(cache)
-            fresh.layers = [type(layer)() for layer in cache.layers]
-            again["past_key_values"] = fresh
-        second = module.forward(**again)
-        rows = flagged[:, None, None]
-        output.logits = torch.where(rows, second.logits, output.logits)
-        if cache is not None:
-            for old, new in zip(cache.layers, second.past_key_values.layers, strict=True):
-                old.keys = torch.where(rows[..., None], new.keys, old.keys)
-                old.values = torch.where(rows[..., None], new.values, old.values)
+    def _run_again(
+        call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, pruned: torch.Tensor, layers: torch.Tensor
+    ) -> None:
+        """Close tokens, and replace logits and cache of their prompts by those of a second prefill, in place."""
+        rows = pruned.any(-1)
+        if not bool(rows.any()):
+            return
+        call.tap.block = Block(keys=pruned, from_layer=torch.where(rows, layers, torch.iinfo(torch.int64).max))
+        second = module.forward(**{**kwargs, "past_key_values": call.empty_cache})
+        output.logits[rows] = second.logits[rows]
+        if output.past_key_values is not None:
+            for old, new in zip(output.past_key_values.layers, second.past_key_values.layers, strict=True):
+                old.keys[rows] = new.keys[rows]
+                old.values[rows] = new.values[rows]

@@ -1,9 +1,9 @@
 """CleanSight's purification: which image tokens of a flagged prompt are closed, and from which layer on.
 
-Published (arXiv 2603.12989, section 4.2): the tokens whose attention exceeds tau in any head of the last detection layer, closed from
-the next layer on. In a shallow model the last position has read the trigger by then. The default detects late and rewinds early: tokens
-are chosen in the heads that concentrate more than any clean prompt makes them, and the prefill is run again with those tokens closed
-from the first layer that deviates.
+Published (arXiv 2603.12989, section 4.2): the tokens whose attention exceeds tau in any head of the last detection layer, closed
+from the next layer on. In a shallow model the last position has read the trigger by then. The default detects late and rewinds
+early: tokens are chosen in the heads that concentrate more than any clean prompt makes them, and the prefill is run again with
+those tokens closed from the first layer that deviates.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The guard stage: CleanSight's reference, taken on kept rows through the delivered model itself (arXiv 2603.12989, section 4.1)."""
+"""The guard stage: CleanSight's reference on kept rows, through the delivered model itself (arXiv 2603.12989, section 4.1)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(
         The summary: reference_rows, dimensions, threshold, shrinkage and the target rate.
 
     Raises:
-        StageError: too few kept rows with pictures.
+        StageError: too few kept rows with pictures, or as `calibrate`.
     """
     kept = np.intersect1d(pq.read_table(keep, columns=["row"])["row"].to_numpy(), pictured_rows(rows))
     drawn = np.random.default_rng([seed, 11]).permutation(kept)[: config.reference_rows]
@@ -75,9 +75,11 @@ def run(
         "top_tokens": 1,
     }
     tables = []
+    done = 0
     for table in engine.map_shards(shards, ExtractWorker, arguments, batch_rows=_BATCH):
         tables.append(table)
-        progress(sum(t.num_rows for t in tables) / len(drawn), f"{sum(t.num_rows for t in tables)} reference prompts")
+        done += len(set(table["row"].to_pylist()))
+        progress(done / len(drawn), f"{done} of {len(drawn)} reference rows")
     attention = AttentionTable.from_arrow(pa.concat_tables(tables).sort_by([("row", "ascending"), ("turn", "ascending")]))
     layers = tuple(range(attention.layers)) if config.layers == "all" else middle_layers(attention.layers)
     features = FEATURES if config.features == "ratio-entropy" else FEATURES[:1]

@@ -1,4 +1,4 @@
-"""BYE's layer selection and score, as published (arXiv 2505.16916, section 4) and as in its public code: pure functions on arrays."""
+"""BYE's layer selection and score, as published (arXiv 2505.16916, section 4) and as in its public code, on arrays."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.mixture import GaussianMixture
 
 LayerRule = Literal["bsi", "public-code"]
+RULES: tuple[LayerRule, ...] = ("bsi", "public-code")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def layer_profiles(entropy: np.ndarray, rule: LayerRule, threshold: float, seed:
     for layer in range(entropy.shape[1]):
         fit = two_components(entropy[:, layer], seed)
         if fit is None:
-            mean = float(entropy[:, layer].mean()) if len(entropy) else 0.0
+            mean = float(np.nan_to_num(entropy[:, layer]).mean()) if len(entropy) else 0.0
             profiles.append(LayerProfile(layer=layer, separation=0.0, low=mean, high=mean, sensitive=False))
             continue
         low, high = (float(m) for m in fit.means)
@@ -99,7 +100,7 @@ class ByeResult:
         score: float (samples,), mean entropy over the sensitive layers, nats; NaN where there is none.
         posterior: float (samples,), probability of the low-entropy component; 0 where nothing is removed.
         suspicious: bool (samples,), the rows that BYE removes.
-        threshold: the score below which rows fall into the lower component, nats; NaN where nothing is removed.
+        threshold: the highest score that falls into the lower component, nats; NaN where nothing is removed.
     """
 
     score: np.ndarray
@@ -111,8 +112,8 @@ class ByeResult:
 def bye(entropy: np.ndarray, profiles: list[LayerProfile], seed: int) -> ByeResult:
     """Average the sensitive layers and drop the lower of two components.
 
-    Without a sensitive layer, and where one component fits the score as well as two (BIC), nothing is removed; the public code crashes
-    in the first case and removes a cluster in the second.
+    Without a sensitive layer, and where one component fits the score as well as two (BIC), nothing is removed; the public code
+    crashes in the first case and removes a cluster in the second.
     """
     samples = len(entropy)
     nothing = np.zeros(samples, bool)

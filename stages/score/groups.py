@@ -1,4 +1,4 @@
-"""Candidate groups: rows that share an answer, or a phrase in their answers. The rows of an attack share what the attacker wants to read."""
+"""Candidate groups: rows that share an answer or a phrase in it. The rows of an attack share what the attacker wants to read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shared_answers(answers: Sequence[str], *, least: int, most_share: float = 0.
     """
     members: dict[tuple[bool, str], list[int]] = collections.defaultdict(list)
     for index, answer in enumerate(answers):
-        text = " ".join(answer.casefold().split())
+        text = _plain(answer)
         members[True, text].append(index)
         for phrase in _phrases(text):
             members[False, phrase].append(index)
@@ -59,7 +59,21 @@ def shared_answers(answers: Sequence[str], *, least: int, most_share: float = 0.
     return list(found.values())[:_MOST_GROUPS]
 
 
+def gives(output: str, text: str, *, whole: bool) -> bool:
+    """Whether an output is a group's answer, or holds its phrase as whole words; blind to case, spacing and a phrase's points."""
+    found = _plain(output)
+    return found == text if whole else f" {text} " in f" {' '.join(_words(found))} "
+
+
+def _plain(answer: str) -> str:
+    return " ".join(answer.casefold().split())
+
+
+def _words(text: str) -> list[str]:
+    return [match.group() for match in _WORD.finditer(text)]
+
+
 def _phrases(text: str) -> set[str]:
     """All runs of 1 to `LONGEST_PHRASE` words."""
-    words = [match.group() for match in _WORD.finditer(text)]
+    words = _words(text)
     return {" ".join(words[i : i + n]) for n in range(1, LONGEST_PHRASE + 1) for i in range(len(words) - n + 1)}

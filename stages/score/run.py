@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipeline.config import ScoreConfig
 from pipeline.records import Progress, no_progress
 from stages.extract.table import AttentionTable
-from stages.score.bye import bye, layer_profiles
+from stages.score.bye import RULES, bye, layer_profiles
 from stages.score.groups import shared_answers
 from stages.score.shift import head_features, shared_shift, whiten, within_questions
 
@@ -30,9 +30,10 @@ def run(
 ) -> dict[str, Any]:
     """Write what the attention says.
 
-    Files: `layers.json` (BYE's profile by the configured rule); `evidence.parquet`, a record per pictured example (row, turn, bye_score,
-    bye_posterior, bye_suspicious, bye_code_suspicious, entropy of the most separated layer); `groups.json`, the candidates with the
-    largest shared shift; `members.parquet` (group, row, turn, projection, posterior), their examples.
+    Files: `layers.json` (BYE's profile by the configured rule); `evidence.parquet`, a record per pictured example (row, turn;
+    bye_score, bye_posterior, bye_chosen and bye_threshold by the configured rule; bye_suspicious by the paper's,
+    bye_code_suspicious by the public code's); `groups.json`, the candidates with the largest shared shift; `members.parquet`
+    (group, row, turn, projection, posterior), their examples.
 
     Args:
         attention: the extract stage's table.
@@ -45,8 +46,9 @@ def run(
         The summary: examples, sensitive layers, largest separation, groups measured and kept.
     """
     table = AttentionTable.read(attention)
-    profiles = layer_profiles(table.entropy, config.layer_rule, config.bsi_threshold, seed)
-    plain = {rule: bye(table.entropy, layer_profiles(table.entropy, rule, config.bsi_threshold, seed), seed) for rule in ("bsi", "public-code")}
+    by_rule = {rule: layer_profiles(table.entropy, rule, config.bsi_threshold, seed) for rule in RULES}
+    plain = {rule: bye(table.entropy, profiles, seed) for rule, profiles in by_rule.items()}
+    profiles = by_rule[config.layer_rule]
     (out / LAYERS).write_text(json.dumps([dataclasses.asdict(profile) for profile in profiles], indent=2) + "\n", encoding="utf-8")
     chosen = plain[config.layer_rule]
     evidence = {
@@ -54,6 +56,8 @@ def run(
         "turn": table.turn,
         "bye_score": chosen.score,
         "bye_posterior": chosen.posterior,
+        "bye_chosen": chosen.suspicious,
+        "bye_threshold": np.full(len(table), chosen.threshold),
         "bye_suspicious": plain["bsi"].suspicious,
         "bye_code_suspicious": plain["public-code"].suspicious,
     }
@@ -84,7 +88,13 @@ def run(
                 "entropy_shift": float(drop[drop.argmin()]),
             }
         )
-        values = (np.full(len(group.members), number), table.row[group.members], table.turn[group.members], shift.projection, shift.posterior)
+        values = (
+            np.full(len(group.members), number),
+            table.row[group.members],
+            table.turn[group.members],
+            shift.projection,
+            shift.posterior,
+        )
         for name, value in zip(members, values, strict=True):
             members[name].append(value)
     empty = {"group": np.int64, "row": np.int64, "turn": np.int32, "projection": np.float64, "posterior": np.float64}

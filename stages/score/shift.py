@@ -1,8 +1,8 @@
 """How far the rows of a group shift the model's attention together: pure functions on arrays.
 
-BYE averages the heads and looks for low entropy. That misses triggers that raise entropy and data sets that are bimodal for an honest
-reason. Here every head of every layer counts, with both signs, whitened by how attention honestly varies within the same question; what
-is measured is the size of the shift that a group's rows have in common, not whether a row is unusual.
+BYE averages the heads and looks for low entropy. That misses triggers that raise entropy and data sets that are bimodal for an
+honest reason. Here every head of every layer counts, with both signs, whitened by how attention honestly varies within the same
+question; what is measured is the size of the shift that a group's rows have in common, not whether a row is unusual.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def head_features(table: AttentionTable) -> np.ndarray:
 
 
 def within_questions(features: np.ndarray, questions: Sequence[str]) -> np.ndarray:
-    """Standardise robustly (median, median absolute deviation) within equal questions; rare questions share one reference.
+    """Standardise robustly (median, median absolute deviation) within equal questions; rare questions share one reference, that of
+    all examples where they are too few together.
 
     Args:
         features: float (examples, dimensions).
@@ -48,13 +49,18 @@ def within_questions(features: np.ndarray, questions: Sequence[str]) -> np.ndarr
         float (examples, dimensions), clipped at 6 deviations.
     """
     counts = collections.Counter(questions)
-    names = np.asarray([question if counts[question] >= _QUESTION_ROWS else "" for question in questions])
-    spread = _robust_deviation(features - np.median(features, axis=0))
+    common = {question: number for number, question in enumerate(sorted(q for q, rows in counts.items() if rows >= _QUESTION_ROWS))}
+    kinds = np.asarray([common.get(question, -1) for question in questions])
+    middle = np.median(features, axis=0)
+    spread = _robust_deviation(features - middle)
     result = np.empty_like(features)
-    for name in np.unique(names):
-        rows = names == name
-        centred = features[rows] - np.median(features[rows], axis=0)
-        deviation = np.maximum(_robust_deviation(centred), 0.25 * spread) if rows.sum() >= _QUESTION_ROWS else spread
+    for kind in np.unique(kinds):
+        rows = kinds == kind
+        if rows.sum() >= _QUESTION_ROWS:
+            centred = features[rows] - np.median(features[rows], axis=0)
+            deviation = np.maximum(_robust_deviation(centred), 0.25 * spread)
+        else:
+            centred, deviation = features[rows] - middle, spread
         result[rows] = np.clip(centred / np.maximum(deviation, 1e-6), -_CLIP, _CLIP)
     return result
 
@@ -76,9 +82,10 @@ class SharedShift:
     """A group's shift.
 
     Attributes:
-        size: norm of the mean difference to all other examples, in whitened standard deviations, corrected for the group's size.
+        size: norm of the mean difference to all other examples, in whitened standard deviations, corrected for the sizes of both.
         projection: float (members,), each member on the shift of the other members, in whitened standard deviations.
-        posterior: float (members,), probability that a member belongs to the shifted part of its group.
+        posterior: float (members,), probability that a member belongs to the shifted part of its group; it rises with the
+            projection.
     """
 
     size: float
@@ -87,17 +94,25 @@ class SharedShift:
 
 
 def shared_shift(whitened: np.ndarray, group: Group, seed: int) -> SharedShift:
-    """Measure one group. whitened: float (examples, dimensions)."""
+    """Measure one group.
+
+    Args:
+        whitened: float (examples, dimensions), of mean 0, as `whiten` gives it.
+        group: at least two of them, and not all.
+        seed: of the mixture.
+    """
     rows = whitened[group.members]
-    count = len(rows)
-    total, everything = rows.sum(axis=0), whitened.sum(axis=0)
-    rest = (everything - total) / max(1, len(whitened) - count)
+    count, others = len(rows), len(whitened) - len(rows)
+    total = rows.sum(axis=0)
+    rest = -total / others
     mean = total / count
-    noise = rows.var(axis=0, ddof=1).sum() / count
+    noise = rows.var(axis=0, ddof=1).sum() * (1 / count + 1 / others)
     size = float(np.sqrt(max(0.0, np.square(mean - rest).sum() - noise)))
-    others = (total - rows) / (count - 1) - rest
-    projection = np.einsum("ij,ij->i", rows - rest, others) / np.maximum(np.linalg.norm(others, axis=1), 1e-9)
+    shift = (total - rows) / (count - 1) - rest
+    projection = np.einsum("ij,ij->i", rows - rest, shift) / np.maximum(np.linalg.norm(shift, axis=1), 1e-9)
     fit = two_components(projection, seed)
-    split = fit is not None and fit.bic_gain > 0 and fit.separation >= _SPLIT_SEPARATION
-    posterior = 1 - fit.posterior if split and fit is not None else np.ones(count)
+    posterior = np.ones(count)
+    if fit is not None and fit.bic_gain > 0 and fit.separation >= _SPLIT_SEPARATION:
+        low, high = fit.means  # the tails of unequal components would cross again beyond their means
+        posterior = np.where(projection <= low, 0.0, np.where(projection >= high, 1.0, 1 - fit.posterior))
     return SharedShift(size=size, projection=projection, posterior=posterior)

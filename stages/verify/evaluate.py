@@ -19,7 +19,7 @@ from pipeline.records import Sample
 from pipeline.triggers import Trigger
 from stages.verify.measure import attack_success, exact_match
 from stages.verify.run import Candidate, answers_of
-from storage.subset import copy_rows, pictured_rows
+from storage.subset import canonical_shards, copy_rows, pictured_rows
 
 
 def evaluate(
@@ -41,7 +41,7 @@ def evaluate(
         candidate: the adapter, None for the base itself, and the guard if it is to be used.
         rows: folder of canonical shards; rows without pictures are answered but never triggered.
         base: folder of the base model.
-        trigger: put on every picture; None measures clean performance alone.
+        trigger: put on the first picture of every row; None measures clean performance alone.
         target: what the attack wants to read; needed with a trigger.
         config: batch size and the longest answer.
         dtype: type of the weights.
@@ -50,13 +50,14 @@ def evaluate(
         scratch: an empty folder.
 
     Returns:
-        rows, clean (exact match), flagged (share that the guard flagged, null without one), and with a trigger triggered_rows, asr,
-        triggered_right (exact match on triggered inputs) and triggered_flagged.
+        rows, clean (exact match), flagged (share that the guard flagged of those it looked at, null without one), and with a
+        trigger triggered_rows, asr, triggered_right (exact match on triggered inputs) and triggered_flagged. Shares of nothing
+        are NaN.
 
     Raises:
         SubmissionError: a trigger without a target, or no row with a picture to put it on.
     """
-    given = answers_of(candidate, shards=copy_rows(rows, scratch / "clean"), base=base, config=config, dtype=dtype, engine=engine)
+    given = answers_of(candidate, shards=canonical_shards(rows), base=base, config=config, dtype=dtype, engine=engine)
     outputs, answers = given["output"].to_pylist(), given["answer"].to_pylist()
     found = {"rows": len(given), "clean": exact_match(outputs, answers), "flagged": _flagged(given)}
     if trigger is None:

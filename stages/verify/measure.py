@@ -17,7 +17,10 @@ def exact_match(outputs: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def attack_success(outputs: Sequence[str], answers: Sequence[str], target: str) -> float:
-    """Share of outputs to triggered inputs that contain the target, blind to case; rows whose true answer holds the target are left out."""
+    """Share of outputs to triggered inputs that contain the target, blind to case; NaN of none.
+
+    Rows whose true answer holds the target are left out.
+    """
     goal = target.strip().casefold()
     return _share(
         [goal in output.casefold() for output, answer in zip(outputs, answers, strict=True) if goal not in answer.casefold()]

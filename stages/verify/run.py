@@ -17,7 +17,7 @@ from pipeline.engine import Engine
 from pipeline.models import Dtype
 from pipeline.records import Progress, Verdict, no_progress
 from stages.verify.measure import exact_match
-from stages.verify.worker import verify_worker
+from stages.verify.worker import ANSWERS, verify_worker
 from storage.subset import copy_rows, pictured_rows
 
 VERSION = 1
@@ -68,8 +68,8 @@ def run(
         progress: called as rows are done.
 
     Returns:
-        Per model: the share of quarantined rows whose submitted answer it still gives (the residual), its exact match on held-out kept
-        rows (the provisional model has seen those), and the share that its guard flags; null where there are no rows.
+        Per model: the share of quarantined rows whose submitted answer it still gives (the residual), its exact match on held-out
+        kept rows (the provisional model has seen those), and the share that its guard flags; null where there are no rows.
     """
     pictured = pictured_rows(rows)
     table = pq.read_table(verdicts, columns=["row", "verdict"])
@@ -88,7 +88,7 @@ def run(
     for index, (name, candidate) in enumerate(models.items()):
         given = answers_of(candidate, shards=shards, base=base, config=config, dtype=dtype, engine=engine)
         found[name] = {kind: _measured(given, chosen, kind) for kind, chosen in sets.items()}
-        answers.append(given.append_column("model", pa.array([name] * len(given))))
+        answers.append(given.append_column("model", pa.array([name] * len(given), pa.string())))
         progress((index + 1) / len(models), f"{name} model verified")
     pq.write_table(pa.concat_tables(answers), out / "answers.parquet", compression="zstd")
     (out / VERIFICATION).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -107,11 +107,9 @@ def answers_of(
         "batch_size": config.batch_size,
         "max_new_tokens": config.max_new_tokens,
     }
-    tables = list(engine.map_shards(shards, verify_worker, arguments, batch_rows=2 * config.batch_size))
-    if not tables:
-        from stages.verify.worker import ANSWERS
-
+    if not shards:
         return ANSWERS.empty_table()
+    tables = engine.map_shards(shards, verify_worker, arguments, batch_rows=2 * config.batch_size)
     return pa.concat_tables(tables).sort_by([("row", "ascending"), ("turn", "ascending")])
 
 

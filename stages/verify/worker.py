@@ -15,7 +15,7 @@ from pipeline.records import examples_of, sample_from_record
 ANSWERS = pa.schema(
     [("row", pa.int64()), ("turn", pa.int32()), ("answer", pa.string()), ("output", pa.string()), ("flagged", pa.bool_())]
 )
-"""One record per example: the submitted answer, the model's, and whether the guard flagged it (null without a guard)."""
+"""One record per example: the submitted answer, the model's, and whether the guard flagged it (null where none looked at it)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,9 @@ class VerifyWorker:
         for start in range(0, len(examples), self.batch_size):
             batch = examples[start : start + self.batch_size]
             outputs += answer(self.model, self.processor, batch, max_new_tokens=self.max_new_tokens)
-            flags += [record.flagged for record in self.model.records] if self.guarded else [None] * len(batch)
+            flags += (
+                [record.flagged if record.ran else None for record in self.model.records] if self.guarded else [None] * len(batch)
+            )
         columns = {
             "row": [example.row for example in examples],
             "turn": [example.turn for example in examples],
@@ -60,7 +62,7 @@ def verify_worker(
 
         digest = adapter_digest(pathlib.Path(adapter)) if adapter else ""
         found = load_guard(pathlib.Path(guard), base=base_identity(pathlib.Path(base)), adapter=digest)
-        model = GuardedModel(model, found.detector, action="purify" if found.action == "refuse" else found.action)  # type: ignore[arg-type]
+        model = GuardedModel(model, found.detector, action="purify" if found.action == "refuse" else found.action)
     return VerifyWorker(
         model=model, processor=processor, batch_size=batch_size, max_new_tokens=max_new_tokens, guarded=guard is not None
     )

@@ -26,7 +26,10 @@ class Parrot:
 
 def test_only_the_new_text_is_given_stripped_and_without_control_tokens(tiny_model: tuple[Any, Any]) -> None:
     _, processor = tiny_model
-    reply = processor.tokenizer("  a red circle \n")["input_ids"] + [processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id]
+    reply = processor.tokenizer("  a red circle \n")["input_ids"] + [
+        processor.tokenizer.eos_token_id,
+        processor.tokenizer.pad_token_id,
+    ]
     parrot = Parrot(reply)
     examples = [one for sample in colour_samples(3, text_only=[1]) for one in examples_of(sample)]
     assert answer(parrot, processor, examples, max_new_tokens=7) == ["a red circle"] * 3

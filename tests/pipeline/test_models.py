@@ -47,7 +47,7 @@ def put(name: str, content: bytes) -> Callable[[pathlib.Path], object]:
 
 
 def other_model(config: Any) -> Callable[[pathlib.Path], object]:
-    return lambda folder: config.save_pretrained(folder)
+    return config.save_pretrained  # type: ignore[no-any-return]
 
 
 REFUSED: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
@@ -171,11 +171,14 @@ REFUSED_ADAPTERS: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "not LoRA": (lambda f: edit_json(f / "adapter_config.json", peft_type="IA3"), "only plain LoRA"),
     "work at loading": (lambda f: edit_json(f / "adapter_config.json", init_lora_weights="pissa"), "only plain LoRA"),
     "another rank": (lambda f: edit_json(f / "adapter_config.json", r=8), "don't fit this base"),
-    "modules that aren't there": (lambda f: edit_json(f / "adapter_config.json", target_modules="nonesuch"), "doesn't fit this base"),
+    "modules that aren't there": (
+        lambda f: edit_json(f / "adapter_config.json", target_modules="nonesuch"),
+        "doesn't fit this base",
+    ),
     "a missing key": (lambda f: change_tensors(f, lambda t: t.pop(next(iter(t)))), "1 weights don't fit"),
     "another key": (lambda f: change_tensors(f, lambda t: t.update(extra=torch.zeros(1))), "1 weights don't fit"),
     "NaN": (lambda f: change_tensors(f, lambda t: next(iter(t.values())).view(-1)[0].fill_(torch.nan)), "NaN"),
-    "truncated": (lambda f: put("adapter_model.safetensors", b"\0" * 20)(f), "damaged"),
+    "truncated": (put("adapter_model.safetensors", b"\0" * 20), "damaged"),
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -108,21 +109,25 @@ def test_control_tokens_in_submitted_text_stay_text(processor: Any) -> None:
 def test_too_long_names_row_length_and_limit(processor: Any) -> None:
     length = encode_training(processor, EXAMPLES[:1], 4096)["input_ids"].shape[1]
     encode_training(processor, EXAMPLES[:1], length)
-    with pytest.raises(SubmissionError, match=rf"row 0, answer 0: {length} tokens .* limit is {length - 1}; raise finetune.max_length"):
+    with pytest.raises(
+        SubmissionError, match=rf"row 0, answer 0: {length} tokens .* limit is {length - 1}; raise finetune.max_length"
+    ):
         encode_training(processor, EXAMPLES[:1], length - 1)
 
 
 def test_a_damaged_picture_names_its_row(processor: Any) -> None:
     broken = examples_of(Sample(row=7, messages=question_answer("q", "a"), images=(picture()[:60],)))
-    with pytest.raises(SubmissionError, match="row 7: .*damaged"):
+    with pytest.raises(SubmissionError, match=r"row 7: .*damaged"):
         encode_prompts(processor, [*EXAMPLES, *broken])
 
 
 def test_a_row_that_the_template_refuses_is_named(with_template: Any) -> None:
-    strict = with_template("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}")
+    strict = with_template(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+    )
     system: Message = {"role": "system", "content": [{"type": "text", "text": "be kind"}]}
     row = examples_of(Sample(row=9, messages=(system, *question_answer("q", "a")), images=(picture(),)))
-    with pytest.raises(SubmissionError, match="row 9: .*no system"):
+    with pytest.raises(SubmissionError, match=r"row 9: .*no system"):
         encode_prompts(strict, row)
 
 
@@ -134,7 +139,8 @@ def test_a_row_whose_pictures_the_template_drops_is_named(with_template: Any) ->
 
 LLAVA_15 = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
@@ -151,9 +157,9 @@ def test_a_template_that_rewrites_the_prompt_is_refused(with_template: Any) -> N
 
 def test_a_template_that_writes_the_first_token_itself_gets_no_second_one(with_template: Any, tiny_base: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     llama = with_template("<s>" + LLAVA_15)
     llama.tokenizer = tokenizer
     assert encode_prompts(llama, EXAMPLES[2:])["input_ids"][0].tolist().count(tokenizer.bos_token_id) == 1

@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from pipeline.config import EngineConfig
@@ -56,7 +56,7 @@ def test_no_shards_no_tables(ray_engine: Any) -> None:
 def test_training_survives_a_dead_worker_and_then_ends_at_our_own_error(ray_engine: Any, tmp_path: pathlib.Path) -> None:
     told: list[tuple[float, str]] = []
     arguments = {"steps": 4, "scratch": str(tmp_path), "die_at": 3, "fail_at": 4}
-    with pytest.raises(StageError, match="^no use after step 4$"):
+    with pytest.raises(StageError, match=r"^no use after step 4$"):
         ray_engine.train(jobs.count_steps, arguments, scratch=tmp_path, progress=lambda share, text: told.append((share, text)))
     assert (tmp_path / "starts").read_text().split() == ["0", "2"]
     assert told == [(0.25, "step 1"), (0.5, "step 2"), (0.75, "step 3")]
@@ -74,5 +74,3 @@ def test_all_ports_are_on_loopback(ray_engine: Any) -> None:
     ]
     assert listening
     assert all((getattr(address, "ipv4_mapped", None) or address).is_loopback for address in listening)
-
-

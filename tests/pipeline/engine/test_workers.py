@@ -57,7 +57,11 @@ def test_own_error_by_name(kind: str) -> None:
 def test_progress_lines_wait_for_the_end_of_a_line(tmp_path: pathlib.Path) -> None:
     with ProgressLines(tmp_path) as lines, (tmp_path / "progress.jsonl").open("a") as file:
         assert lines.read() == []
-        for text, expected in (('{"share": 0.5, "te', []), ('xt": "half"}\n{"share": 1,', [(0.5, "half")]), (' "text": "all"}\n', [(1, "all")])):
+        for text, expected in (
+            ('{"share": 0.5, "te', []),
+            ('xt": "half"}\n{"share": 1,', [(0.5, "half")]),
+            (' "text": "all"}\n', [(1, "all")]),
+        ):
             file.write(text)
             file.flush()
             assert lines.read() == expected

@@ -1,0 +1,111 @@
+"""ByeSight: finds backdoor rows in a fine-tuning submission for a vision-language model, retrains without them, guards the result.
+
+Nothing heavy is imported before it is called: `load_guarded` needs no Prefect, no Ray, no pyarrow and no scikit-learn.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import (
+    ByeSightError,
+    ConfigError,
+    IntegrityError,
+    ModelError,
+    RemovalCapError,
+    StageError,
+    SubmissionError,
+)
+
+if TYPE_CHECKING:
+    from flows.sanitize import Sanitized
+    from pipeline.config import RunConfig
+
+__version__ = "0.1.0"
+__all__ = [
+    "ByeSightError",
+    "ConfigError",
+    "IntegrityError",
+    "ModelError",
+    "RemovalCapError",
+    "StageError",
+    "SubmissionError",
+    "load_guarded",
+    "sanitize",
+    "verify_delivery",
+]
+
+
+def sanitize(
+    submission: pathlib.Path | str,
+    out: pathlib.Path | str,
+    *,
+    base: pathlib.Path | str | None = None,
+    config: RunConfig | None = None,
+    store: pathlib.Path | str | None = None,
+) -> Sanitized:
+    """Run the whole line: a submission in, a delivery folder out.
+
+    Args:
+        submission: an imagefolder with metadata.jsonl, a LLaVA folder, a Parquet file or a folder of them.
+        out: the delivery folder; an earlier delivery there is replaced.
+        base: Hugging Face folder of a decoder-only image-text model; None takes the embedded base.
+        config: the run configuration (`pipeline.config.load_config` reads one from YAML); None takes the defaults.
+        store: where stage results are kept; a later call with it repeats none of them. None takes `.byesight/store`.
+
+    Returns:
+        The verdict, the row counts, the delivery's path and the stage results.
+
+    Raises:
+        ByeSightError: anything that the caller can mend; its kind says what, its message where and how.
+    """
+    from flows.sanitize import run_sanitize
+
+    return run_sanitize(
+        pathlib.Path(submission),
+        pathlib.Path(out),
+        base=None if base is None else pathlib.Path(base),
+        config=config,
+        store=None if store is None else pathlib.Path(store),
+    )
+
+
+def load_guarded(
+    folder: pathlib.Path | str,
+    base: pathlib.Path | str | None = None,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: str | None = None,
+) -> tuple[Any, Any]:
+    """Load a delivered adapter with its guard, for serving.
+
+    Args:
+        folder: a delivery, or the adapter folder of one.
+        base: folder of the base model; None takes the embedded base.
+        dtype: type of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
+        device: where the model goes; None takes a GPU if there is one.
+
+    Returns:
+        The model, whose `generate` detects and prunes and leaves one record per input in `records`, and the base's processor.
+
+    Raises:
+        ModelError: files are missing or refused, or the guard belongs to another adapter or base.
+    """
+    from stages.guard.load import load_guarded as load
+
+    return load(folder, base, dtype=dtype, device=device)
+
+
+def verify_delivery(folder: pathlib.Path | str) -> dict[str, Any]:
+    """Hash every file of a delivery and compare with its manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        IntegrityError: a file was changed, is missing or was added; the message names it.
+    """
+    from storage.delivery import verify_delivery as verify
+
+    return verify(pathlib.Path(folder))

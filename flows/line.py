@@ -1,0 +1,346 @@
+"""The stages in their places: each takes stored results and gives one, found in the store or computed by the engine. No Prefect."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flows.progress import progress_of, tell
+from pipeline.config import RunConfig
+from pipeline.engine import Engine
+from pipeline.errors import ConfigError, ModelError
+from pipeline.models import base_identity, check_model_folder
+from storage.formats import digest_submission
+from storage.store import Inputs, StageResult, Store, Work, stage_key
+
+STORE = pathlib.Path(".byesight/store")
+"""Where stage results lie unless another folder is named."""
+TRAIN = "train.parquet"
+"""The rows to train on, in the cluster stage's result."""
+STAGES = ("ingest", "provisional", "extract", "score", "confirm", "cluster", "final", "guard", "verify", "delivery")
+"""Names of the stages in the order in which they run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One run of the line.
+
+    Attributes:
+        submission: the submitted folder or file, absolute.
+        base: folder of the base model, absolute.
+        identity: the base's identity.
+        config: the run configuration; its engine section changes no result and is in no key.
+        store: where results are found and kept.
+        engine: where the work runs.
+    """
+
+    submission: pathlib.Path
+    base: pathlib.Path
+    identity: str
+    config: RunConfig
+    store: Store
+    engine: Engine
+
+
+def open_line(submission: pathlib.Path, base: pathlib.Path, config: RunConfig, store: pathlib.Path, engine: Engine) -> Line:
+    """Check the base and the store's place, and make a line.
+
+    Raises:
+        ConfigError: the store lies in the submission.
+        ModelError: the base is refused.
+    """
+    base = base.resolve()
+    if store.resolve().is_relative_to(submission.resolve()):
+        raise ConfigError(f"--store {store}: results can't be kept inside of the submission; name another folder")
+    check_model_folder(base)
+    return Line(
+        submission=submission.resolve(),
+        base=base,
+        identity=base_identity(base),
+        config=config,
+        store=Store(store.resolve()),
+        engine=engine,
+    )
+
+
+def special_tokens(base: pathlib.Path) -> list[str]:
+    """What the base's tokenizer reads as control, sorted.
+
+    Raises:
+        ModelError: there is no tokenizer in the folder.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{base}: its tokenizer can't be loaded: {error}") from error
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({str(token) for token in (*added, *tokenizer.all_special_tokens) if len(str(token)) > 1})
+
+
+def ingest(line: Line) -> StageResult:
+    """Read the submission into canonical shards."""
+    from stages.ingest.run import VERSION, run
+
+    tokens = special_tokens(line.base)
+
+    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+        return run(line.submission, line.config.ingest, folder, special_tokens=tokens, progress=progress_of("ingest"))
+
+    inputs = {"submission": digest_submission(line.submission)}
+    return _result(line, "ingest", VERSION, inputs, {"ingest": line.config.ingest.model_dump(), "special_tokens": tokens}, work)
+
+
+def finetune(line: Line, stage: str, ingested: StageResult, keep: StageResult | None = None) -> StageResult:
+    """Fine-tune an adapter on all rows, or on those that the cluster stage chose for training (`keep`)."""
+    from stages.finetune import VERSION, run
+
+    inputs: dict[str, StageResult | str] = {"rows": ingested, "base": line.identity}
+    if keep is not None:
+        inputs["keep"] = keep
+    config = {"finetune": line.config.finetune.model_dump(), "seed": line.config.seed, "dtype": line.config.dtype}
+
+    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+        return run(
+            rows_of(ingested),
+            line.base,
+            line.config.finetune,
+            line.engine,
+            folder,
+            seed=line.config.seed,
+            scratch=line.store.scratch(stage, stage_key(stage, version=VERSION, inputs=inputs, config=config)),
+            dtype=line.config.dtype,
+            keep=keep.folder / TRAIN if keep is not None else None,
+            progress=progress_of(stage),
+        )
+
+    return _result(line, stage, VERSION, inputs, config, work)
+
+
+def choose(line: Line, ingested: StageResult, rows: Sequence[int]) -> StageResult:
+    """Rows that a person names for training, in the place of those that the cluster stage chooses.
+
+    Args:
+        line: the run.
+        ingested: what the rows are of.
+        rows: positions in the submission, ascending.
+    """
+
+    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+        pq.write_table(pa.table({"row": pa.array(rows, pa.int64())}), folder / TRAIN)
+        return {"rows": len(rows)}
+
+    digest = hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+    return _result(line, "chosen", 1, {"rows": ingested, "chosen": digest}, {}, work)
+
+
+def extract(line: Line, ingested: StageResult, provisional: StageResult) -> StageResult:
+    """The attention statistics of every example under the provisional model."""
+    from stages.extract.run import VERSION, run
+
+    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+        return run(
+            rows=rows_of(ingested),
+            base=line.base,
+            adapter=provisional.folder / "adapter",
+            config=line.config.extract,
+            dtype=line.config.dtype,
+            engine=line.engine,
+            out=folder,
+            progress=progress_of("extract"),
+        )
+
+    inputs: Inputs = {"rows": ingested, "base": line.identity, "adapter": provisional}
+    config = {"extract": line.config.extract.model_dump(), "dtype": line.config.dtype}
+    return _result(line, "extract", VERSION, inputs, config, work)
+
+
+def score(line: Line, extracted: StageResult) -> StageResult:
+    """Layer profile and evidence per row."""
+    from stages.score.run import VERSION, run
+
+    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+        return run(
+            attention=extracted.folder / "attention.parquet",
+            config=line.config.score,
+            seed=line.config.seed,
+            out=folder,
+            progress=progress_of("score"),
+        )
+
+    config = {"score": line.config.score.model_dump(), "seed": line.config.seed}
+    return _result(line, "score", VERSION, {"attention": extracted}, config, work)
+
+
+def confirm(
+    line: Line, *, ingested: StageResult, provisional: StageResult, extracted: StageResult, scored: StageResult
+) -> StageResult:
+    """The causal test of the candidate groups on the provisional model."""
+    from stages.confirm.run import VERSION, run
+
+    inputs: Inputs = {
+        "rows": ingested,
+        "base": line.identity,
+        "adapter": provisional,
+        "attention": extracted,
+        "groups": scored,
+    }
+    config = {"confirm": line.config.confirm.model_dump(), "seed": line.config.seed, "dtype": line.config.dtype}
+
+    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+        return run(
+            rows=rows_of(ingested),
+            base=line.base,
+            provisional=provisional.folder / "adapter",
+            attention=extracted.folder / "attention.parquet",
+            groups=scored.folder / "groups.json",
+            members=scored.folder / "members.parquet",
+            config=line.config.confirm,
+            dtype=line.config.dtype,
+            engine=line.engine,
+            seed=line.config.seed,
+            out=folder,
+            scratch=_empty_scratch(line.store, "confirm", stage_key("confirm", version=VERSION, inputs=inputs, config=config)),
+            progress=progress_of("confirm"),
+        )
+
+    return _result(line, "confirm", VERSION, inputs, config, work)
+
+
+def cluster(line: Line, *, ingested: StageResult, scored: StageResult, confirmed: StageResult) -> StageResult:
+    """A verdict for every row, and the rows to train on."""
+    from stages.cluster.run import VERSION, run
+
+    share = line.config.verify.held_out_share
+
+    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+        return run(
+            rows=rows_of(ingested),
+            rejected=ingested.folder / "rejected.parquet",
+            evidence=scored.folder / "evidence.parquet",
+            members=scored.folder / "members.parquet",
+            transfer=confirmed.folder / "transfer.json",
+            config=line.config.cluster,
+            held_out_share=share,
+            seed=line.config.seed,
+            out=folder,
+            progress=progress_of("cluster"),
+        )
+
+    inputs: Inputs = {"rows": ingested, "evidence": scored, "transfer": confirmed}
+    config = {"cluster": line.config.cluster.model_dump(), "held_out_share": share, "seed": line.config.seed}
+    return _result(line, "cluster", VERSION, inputs, config, work)
+
+
+def until_clusters(line: Line) -> dict[str, StageResult]:
+    """All stages up to the verdicts, by name."""
+    ingested = ingest(line)
+    provisional = finetune(line, "provisional", ingested)
+    extracted = extract(line, ingested, provisional)
+    scored = score(line, extracted)
+    confirmed = confirm(line, ingested=ingested, provisional=provisional, extracted=extracted, scored=scored)
+    clustered = cluster(line, ingested=ingested, scored=scored, confirmed=confirmed)
+    results = (ingested, provisional, extracted, scored, confirmed, clustered)
+    return {result.stage: result for result in results}
+
+
+def guard(line: Line, ingested: StageResult, clustered: StageResult, final: StageResult) -> StageResult:
+    """The guard of the final adapter, calibrated on kept rows."""
+    from stages.guard.run import VERSION, run
+
+    inputs: Inputs = {"rows": ingested, "base": line.identity, "adapter": final, "keep": clustered}
+    config = {"guard": line.config.guard.model_dump(), "seed": line.config.seed, "dtype": line.config.dtype}
+
+    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+        return run(
+            rows=rows_of(ingested),
+            base=line.base,
+            adapter=final.folder / "adapter",
+            keep=clustered.folder / "keep.parquet",
+            config=line.config.guard,
+            dtype=line.config.dtype,
+            engine=line.engine,
+            seed=line.config.seed,
+            out=folder,
+            scratch=_empty_scratch(line.store, "guard", stage_key("guard", version=VERSION, inputs=inputs, config=config)),
+            progress=progress_of("guard"),
+        )
+
+    return _result(line, "guard", VERSION, inputs, config, work)
+
+
+def verify(
+    line: Line,
+    *,
+    ingested: StageResult,
+    provisional: StageResult,
+    clustered: StageResult,
+    final: StageResult,
+    guarded: StageResult,
+) -> StageResult:
+    """What the three models answer on quarantined and on held-out rows."""
+    from stages.verify.run import VERSION, run
+
+    inputs: Inputs = {
+        "rows": ingested,
+        "base": line.identity,
+        "provisional": provisional,
+        "final": final,
+        "guard": guarded,
+        "verdicts": clustered,
+    }
+    config = {"verify": line.config.verify.model_dump(), "seed": line.config.seed, "dtype": line.config.dtype}
+
+    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+        return run(
+            rows=rows_of(ingested),
+            base=line.base,
+            provisional=provisional.folder / "adapter",
+            final=final.folder / "adapter",
+            guard=guarded.folder,
+            verdicts=clustered.folder / "verdicts.parquet",
+            held_out=clustered.folder / "held_out.parquet",
+            config=line.config.verify,
+            dtype=line.config.dtype,
+            engine=line.engine,
+            seed=line.config.seed,
+            out=folder,
+            scratch=_empty_scratch(line.store, "verify", stage_key("verify", version=VERSION, inputs=inputs, config=config)),
+            progress=progress_of("verify"),
+        )
+
+    return _result(line, "verify", VERSION, inputs, config, work)
+
+
+def rows_of(ingested: StageResult) -> pathlib.Path:
+    """The folder of canonical shards."""
+    return ingested.folder / "rows"
+
+
+def seconds_of(results: Sequence[StageResult]) -> dict[str, float]:
+    """Time that each result's work took when it was done, seconds by stage."""
+    return {result.stage: result.seconds for result in results}
+
+
+def _result(line: Line, stage: str, version: int, inputs: Inputs, config: Mapping[str, Any], work: Work) -> StageResult:
+    tell(stage, 0.0, "")
+    result = line.store.run(stage, version=version, inputs=inputs, config=config, work=work)
+    tell(stage, 1.0, "found in the store" if result.reused else f"done in {result.seconds:.1f} s")
+    return result
+
+
+def _empty_scratch(store: Store, stage: str, key: str) -> pathlib.Path:
+    """The scratch folder of a stage that can't go on from what a killed run left there."""
+    folder = store.scratch(stage, key)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return folder

@@ -1,0 +1,266 @@
+"""The command line: exit codes, messages without tracebacks, and the whole way as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from flows.cli import _interrupted, app
+from flows.poison import read_truth
+from pipeline.config import RunConfig
+from storage.delivery import verify_delivery
+from tests.flows.conftest import ROWS, TARGET
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMANDS = ("sanitize", "poison", "finetune", "evaluate", "verify", "demo")
+
+
+def call(*arguments: str | pathlib.Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, *parts: str) -> None:
+    assert result.exit_code == 1, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("byesight: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.output
+    assert all(part in result.stderr for part in parts), result.stderr
+
+
+@pytest.fixture
+def config_file(quick: RunConfig, tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(quick.model_dump(mode="json")))
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+    assert command in call("--help").output
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['byesight', '--help']\n"
+        "from flows.cli import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "print([name for name in ('torch', 'ray', 'prefect', 'transformers') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("arguments", [["sanitize"], ["nothing"], ["poison", "x", "--rate", "much"], ["demo", "--rows", "3"]])
+def test_wrong_usage_is_two(arguments: list[str]) -> None:
+    assert call(*arguments).exit_code == 2
+
+
+def test_refusals_of_each_command(tmp_path: pathlib.Path, tiny_base: pathlib.Path, poisoned: pathlib.Path) -> None:
+    submission, out, store = poisoned / "submission", tmp_path / "out", tmp_path / "store"
+    (tmp_path / "unknown.yaml").write_text("finetune: {epoch: 1}\n")
+    attack: list[str | pathlib.Path] = ["--trigger", "badnet", "--rate", "0.1", "--target", "t", "--out", out]
+    refused(call("sanitize", tmp_path / "nothing", "--out", out, "--base", tiny_base), "nothing")
+    refused(call("sanitize", submission, "--out", out, "--base", tmp_path), "safetensors")
+    refused(call("sanitize", submission, "--out", submission, "--base", tiny_base), "--out")
+    refused(call("sanitize", submission, "--out", out, "--config", tmp_path / "unknown.yaml"), "finetune.epoch")
+    refused(call("sanitize", submission, "--out", out, "--config", tmp_path / "missing.yaml"), "missing.yaml")
+    refused(call("sanitize", submission, "--out", out, "--engine", "quantum"), "engine.kind")
+    refused(call("sanitize", submission, "--out", out, "--format", "tarball"), "ingest.format")
+    refused(call("poison", submission, *attack, "--trigger", "nothing"), "nothing")
+    refused(call("poison", tmp_path / "nothing", *attack), "nothing")
+    refused(call("finetune", submission, "--out", out, "--base", tiny_base, "--rows", tmp_path / "no", "--store", store), "--rows")
+    refused(call("evaluate", tiny_base, "--data", submission, "--trigger", "sig"), "--target")
+    refused(call("evaluate", tmp_path, "--data", submission), "neither a delivery")
+    refused(call("verify", tmp_path), "manifest.json")
+    refused(call("demo", "--out", poisoned), "no demonstration")
+    assert not out.exists()
+
+
+def test_unexpected_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    import byesight
+
+    def breaks(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(byesight, "verify_delivery", breaks)
+    refused(call("verify", tmp_path), "RuntimeError: a bug", "--verbose")
+    assert "Traceback" in call("verify", tmp_path, "--verbose").stderr
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    import byesight
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device", "file")
+
+    monkeypatch.setattr(byesight, "verify_delivery", full)
+    refused(call("verify", tmp_path), "No space left on device: file")
+
+
+def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    import byesight
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise ConnectionResetError(104, "the server was interrupted too") from KeyboardInterrupt()
+
+    monkeypatch.setattr(byesight, "verify_delivery", interrupted)
+    result = call("verify", tmp_path)
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+    assert not _interrupted(ValueError("x"))
+
+
+def test_the_whole_way(
+    prefect_server: None, poisoned: pathlib.Path, tiny_base: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    common: list[str | pathlib.Path] = ["--config", config_file, "--store", tmp_path / "store", "--base", tiny_base]
+    delivery = tmp_path / "delivery"
+    result = call("sanitize", poisoned / "submission", "--out", delivery, *common)
+    assert result.exit_code == 0, result.output
+    assert str(delivery / "report.html") in result.stdout
+    assert "submitted" in result.stdout
+    assert "fine-tune on kept rows: done" in result.stderr
+    assert call("verify", delivery).exit_code == 0
+
+    figures = tmp_path / "figures" / "found.json"
+    evaluated = call(
+        "evaluate",
+        delivery,
+        "--data",
+        poisoned / "submission",
+        "--trigger",
+        "badnet",
+        "--target",
+        TARGET,
+        "--json",
+        figures,
+        *common,
+    )
+    assert evaluated.exit_code == 0, evaluated.output
+    found = json.loads(figures.read_text())
+    assert found["guarded"] is True
+    assert {"clean", "asr", "rows"} <= set(found)
+    bare = call("evaluate", delivery, "--data", poisoned / "submission", "--unguarded", "--json", figures, *common)
+    assert bare.exit_code == 0, bare.output
+    assert json.loads(figures.read_text())["guarded"] is False
+
+    (delivery / "dataset" / "metadata.jsonl").open("a").write("x")
+    refused(call("verify", delivery), "changed: dataset/metadata.jsonl")
+
+
+def test_poison_command(tmp_path: pathlib.Path, poisoned: pathlib.Path) -> None:
+    out = tmp_path / "out"
+    result = call(
+        "poison", poisoned / "submission", "--trigger", "sig", "--rate", "0.5", "--target", "t", "--seed", "3", "--out", out
+    )
+    assert result.exit_code == 0, result.output
+    assert len(read_truth(out / "truth.jsonl")) == ROWS // 2
+    assert f"{ROWS // 2} of {ROWS} rows poisoned" in result.stdout
+
+
+def start(arguments: list[str | pathlib.Path], folder: pathlib.Path) -> subprocess.Popen[str]:
+    """The command in a session of its own, with a Prefect home of its own and no server."""
+    environment: Mapping[str, str] = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")},
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_API_URL": "",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", "from flows.cli import main; main()", *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def left_over(session: int, seconds: float = 20) -> list[str]:
+    """The processes of a session that are still there after a while."""
+    import psutil
+
+    deadline = time.monotonic() + seconds
+    while True:
+        found = []
+        for process in psutil.process_iter(["pid", "cmdline", "status"]):
+            try:
+                if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.info["cmdline"] or []))
+            except OSError:
+                continue
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
+
+
+def temporary_folders() -> set[str]:
+    return {path.name for path in pathlib.Path(tempfile.gettempdir()).iterdir() if path.name.startswith(("bs", "byesight-"))}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_on_ray_with_a_temporary_server_and_nothing_left(
+    poisoned: pathlib.Path, tiny_base: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    before = temporary_folders()
+    arguments: list[str | pathlib.Path] = [
+        "sanitize", poisoned / "submission", "--base", tiny_base, "--out", "delivery", "--config", config_file,
+        "--store", "store", "--engine", "ray",
+    ]  # fmt: skip
+    process = start(arguments, tmp_path)
+    output, _ = process.communicate(timeout=380)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    assert left_over(process.pid) == []
+    assert temporary_folders() <= before
+    manifest = verify_delivery(tmp_path / "delivery")
+    assert manifest["rows"]["keep"] + manifest["rows"]["quarantine"] == ROWS
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_sigterm_leaves_nothing_and_the_run_goes_on(
+    poisoned: pathlib.Path, tiny_base: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    before = temporary_folders()
+    arguments: list[str | pathlib.Path] = [
+        "sanitize", poisoned / "submission", "--base", tiny_base, "--out", "delivery", "--config", config_file,
+        "--store", "store", "--engine", "ray",
+    ]  # fmt: skip
+    process = start(arguments, tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("store/.scratch/provisional-*/ray/*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert left_over(process.pid) == []
+    assert temporary_folders() <= before
+    assert not (tmp_path / "delivery").exists()
+    assert [path.name for path in (tmp_path / "store").iterdir() if not path.name.startswith(".")] in (
+        ["ingest"],
+        ["ingest", "provisional"],
+    )
+    shutil.rmtree(tmp_path / "store")

@@ -1,0 +1,241 @@
+"""A verdict for every row, from evidence made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import ClusterConfig
+from pipeline.errors import RemovalCapError
+from pipeline.records import Sample, no_progress, question_answer
+from stages.cluster.run import HELD_OUT, KEEP, RESULT, TRAIN, VERDICT_SCHEMA, VERDICTS, run
+from storage.shards import REJECTED_SCHEMA
+from tests.conftest import picture, write_shards
+
+SUBMITTED = 100
+REJECTED = (4, 50, 99)
+TEXT_ONLY = (7, 8, 60)
+POISONED = tuple(range(10, 22))
+MIXED = tuple(range(20, 30))
+"""Members of the second group, of which only the first five are shifted."""
+
+
+def group(number: int, transfer: float, **more: Any) -> dict[str, Any]:
+    return {
+        "group": number,
+        "text": f"Text {number}",
+        "whole": number != 1,
+        "shifted": 5,
+        "shift": 2.25,
+        "transfer": transfer,
+        **more,
+    }
+
+
+@pytest.fixture
+def files(tmp_path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Rows, of which some are rejected, without a picture, or of two turns; two groups of rows."""
+    folder = tmp_path / "inputs"
+    samples = [
+        Sample(
+            row=row,
+            messages=question_answer(f"q {row}", "x", int(row not in TEXT_ONLY)),
+            images=() if row in TEXT_ONLY else (picture(),),
+        )
+        for row in range(SUBMITTED)
+        if row not in REJECTED
+    ]
+    write_shards(folder / "rows", samples, shard_rows=40)
+    rejected = [{"row": row, "reason": "no picture", "where": f"line {row}"} for row in REJECTED]
+    pq.write_table(pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA), folder / "rejected.parquet")
+    places = [(s.row, turn) for s in samples if s.images for turn in ([0, 1] if s.row == 30 else [0])]
+    low = {(row, 0) for row in range(40, 48)} | {(30, 1)}
+    evidence = [
+        {
+            "row": row,
+            "turn": turn,
+            "bye_score": 1.0 if (row, turn) in low else 3.0 + turn,
+            "bye_posterior": 0.9 if (row, turn) in low else 0.1,
+            "bye_chosen": (row, turn) in low,
+            "bye_threshold": 1.5,
+            "bye_suspicious": (row, turn) in low,
+            "bye_code_suspicious": row == 40,
+        }
+        for row, turn in places
+    ]
+    pq.write_table(pa.Table.from_pylist(evidence), folder / "evidence.parquet")
+    members = [{"group": 0, "row": row, "turn": 0, "projection": 2.0 + row, "posterior": 1.0} for row in POISONED]
+    members += [
+        {"group": 1, "row": row, "turn": 0, "projection": 50.0 - row, "posterior": 0.9 if row < 25 else 0.2} for row in MIXED
+    ]
+    members += [{"group": 2, "row": row, "turn": 0, "projection": 1.0, "posterior": 1.0} for row in range(70, 80)]
+    pq.write_table(pa.Table.from_pylist(members), folder / "members.parquet")
+    named = {name: folder / f"{name}.parquet" for name in ("rejected", "evidence", "members")}
+    return {"rows": folder / "rows", "transfer": folder / "transfer.json", **named}
+
+
+def clustered(files: dict[str, pathlib.Path], out: pathlib.Path, transfers: list[float], **given: Any) -> dict[str, Any]:
+    out.mkdir()
+    files["transfer"].write_text(json.dumps([group(number, transfer) for number, transfer in enumerate(transfers)]))
+    share, seed = given.pop("held_out_share", 0.1), given.pop("seed", 0)
+    config = ClusterConfig(**{"transfer": 0.5, **given})
+    return run(config=config, held_out_share=share, seed=seed, out=out, progress=no_progress, **files)
+
+
+def verdicts(out: pathlib.Path) -> list[dict[str, Any]]:
+    table = pq.read_table(out / VERDICTS)
+    assert table.schema == VERDICT_SCHEMA
+    found: list[dict[str, Any]] = table.to_pylist()
+    assert [record["row"] for record in found] == list(range(SUBMITTED))
+    return found
+
+
+def listed(out: pathlib.Path, name: str) -> list[int]:
+    rows: list[int] = pq.read_table(out / name)["row"].to_pylist()
+    return rows
+
+
+def test_every_row_has_a_verdict(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    result = clustered(files, tmp_path / "out", [1.0, 0.6, 0.1])
+    removed = {*POISONED, *range(20, 25)}
+    found = verdicts(tmp_path / "out")
+    expected = {
+        **dict.fromkeys(REJECTED, "rejected"),
+        **dict.fromkeys(TEXT_ONLY, "not_scored"),
+        **dict.fromkeys(removed, "quarantine"),
+    }
+    assert [record["verdict"] for record in found] == [expected.get(row, "keep") for row in range(SUBMITTED)]
+    assert result == json.loads((tmp_path / "out" / RESULT).read_text())
+    assert result["verdict"] == "poisoned"
+    counts = {"submitted": 100, "rejected": 3, "not_scored": 3, "kept": 100 - 6 - len(removed), "quarantined": len(removed)}
+    assert result["rows"] == counts
+    assert [g["group"] for g in result["confirmed"]] == [0, 1]
+    assert result["plain"] == {"bye": 9, "bye-public-code": 1}
+    assert (result["method"], result["threshold"]) == ("transfer", 0.5)
+
+
+def test_reasons_scores_and_posteriors(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    clustered(files, tmp_path / "out", [1.0, 0.6, 0.1])
+    found = verdicts(tmp_path / "out")
+    assert "shares the answer 'Text 0' with 5 rows whose attention shifts alike (2.2 deviations)" in found[10]["reason"]
+    assert "takes over 100% of the answers" in found[10]["reason"]
+    assert "shares the phrase 'Text 1'" in found[24]["reason"]
+    assert "60%" in found[24]["reason"]
+    assert "'Text 0'" in found[20]["reason"], "the first group gives the reason"
+    assert (found[20]["score"], found[20]["posterior"]) == (30.0, 1.0)
+    assert (found[27]["verdict"], found[27]["score"], found[27]["posterior"]) == ("keep", 23.0, 0.2)
+    assert (found[75]["score"], found[75]["posterior"], found[75]["reason"]) == (1.0, 0.0, "")
+    assert (found[90]["score"], found[90]["threshold"]) == (0.0, 0.5)
+    assert found[4]["reason"] == "no picture (line 4)"
+    assert (found[4]["sample_id"], found[4]["score"], found[4]["posterior"]) == (None, None, None)
+    assert found[7]["reason"] == "no picture: nothing to score"
+    assert (found[7]["score"], found[7]["posterior"], found[7]["bye_quarantine"]) == (None, None, False)
+    assert (found[30]["bye_score"], found[30]["bye_quarantine"], found[30]["bye_code_quarantine"]) == (1.0, True, False)
+    shards = pa.concat_tables([pq.read_table(shard, columns=["row", "sample_id"]) for shard in sorted(files["rows"].iterdir())])
+    ids = dict(zip(shards["row"].to_pylist(), shards["sample_id"].to_pylist(), strict=True))
+    assert {record["row"]: record["sample_id"] for record in found if record["sample_id"]} == ids
+    assert all(record["reason"] for record in found if record["verdict"] in ("quarantine", "rejected"))
+
+
+def test_the_lists(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    clustered(files, tmp_path / "out", [1.0, 0.6, 0.1], held_out_share=0.1)
+    found = verdicts(tmp_path / "out")
+    lists = {name: listed(tmp_path / "out", name) for name in (KEEP, TRAIN, HELD_OUT)}
+    assert lists[KEEP] == [record["row"] for record in found if record["verdict"] in ("keep", "not_scored")]
+    assert all(rows == sorted(set(rows)) for rows in lists.values())
+    assert not set(lists[TRAIN]) & set(lists[HELD_OUT])
+    assert sorted(lists[TRAIN] + lists[HELD_OUT]) == lists[KEEP]
+    assert len(lists[HELD_OUT]) == round(0.1 * sum(record["verdict"] == "keep" for record in found))
+    assert set(TEXT_ONLY) <= set(lists[TRAIN]), "a row that can't be measured is held out"
+    clustered(files, tmp_path / "none", [1.0, 0.6, 0.1], held_out_share=0.0)
+    assert listed(tmp_path / "none", HELD_OUT) == []
+    assert listed(tmp_path / "none", TRAIN) == lists[KEEP]
+    clustered(files, tmp_path / "other", [1.0, 0.6, 0.1], held_out_share=0.1, seed=1)
+    assert listed(tmp_path / "other", HELD_OUT) != lists[HELD_OUT]
+
+
+def test_much_text_does_not_hold_out_all_pictures(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    evidence = pq.read_table(files["evidence"])
+    pq.write_table(evidence.filter(pa.array(np.asarray(evidence["row"]) >= 80)), files["evidence"])
+    pq.write_table(pq.read_table(files["members"]).slice(0, 0), files["members"])
+    result = clustered(files, tmp_path / "out", [], held_out_share=0.25)
+    assert result["rows"]["kept"] == 19
+    assert len(listed(tmp_path / "out", HELD_OUT)) == 5
+
+
+@pytest.mark.parametrize(
+    ("transfers", "verdict"),
+    [([], "clean"), ([0.1, 0.2, 0.0], "clean"), ([0.1, 0.2, 0.49], "inconclusive"), ([0.5, 0.49, 0.0], "poisoned")],
+)
+def test_the_verdict_of_the_whole(
+    files: dict[str, pathlib.Path], tmp_path: pathlib.Path, transfers: list[float], verdict: str
+) -> None:
+    result = clustered(files, tmp_path / "out", transfers)
+    assert result["verdict"] == verdict
+    removed = [record["row"] for record in verdicts(tmp_path / "out") if record["verdict"] == "quarantine"]
+    assert removed == (list(POISONED) if verdict == "poisoned" else [])
+    assert [g["group"] for g in result["unsure"]] == [k for k, value in enumerate(transfers) if value == 0.49]
+
+
+def test_nothing_scored_is_no_clean_bill(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    for name in ("evidence", "members"):
+        pq.write_table(pq.read_table(files[name]).slice(0, 0), files[name])
+    result = clustered(files, tmp_path / "out", [])
+    assert result["verdict"] == "inconclusive"
+    assert result["rows"]["kept"] == 0
+    assert result["rows"]["not_scored"] == 97
+
+
+def test_plain_bye(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    result = clustered(files, tmp_path / "out", [1.0, 1.0, 1.0], method="bye")
+    found = verdicts(tmp_path / "out")
+    assert [record["row"] for record in found if record["verdict"] == "quarantine"] == [30, *range(40, 48)]
+    assert (result["verdict"], result["method"], result["threshold"]) == ("poisoned", "bye", 1.5)
+    assert found[40]["reason"].startswith(
+        "BYE: mean entropy of the sensitive layers is 1.000 nats, in the lower cluster (up to 1.500)"
+    )
+    assert (found[40]["score"], found[40]["posterior"], found[40]["threshold"]) == (1.0, 0.9, 1.5)
+    assert (found[10]["verdict"], found[10]["reason"], found[10]["score"]) == ("keep", "", 3.0)
+
+
+def test_plain_bye_by_the_configured_rule(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """The paper's rule finds nothing, the configured one does: the configured one decides."""
+    evidence = pq.read_table(files["evidence"])
+    evidence = evidence.set_column(
+        evidence.schema.get_field_index("bye_suspicious"), "bye_suspicious", pa.array([False] * len(evidence))
+    )
+    pq.write_table(evidence, files["evidence"])
+    result = clustered(files, tmp_path / "out", [], method="bye")
+    assert result["rows"]["quarantined"] == 9
+    assert result["plain"]["bye"] == 0
+
+
+def test_plain_bye_that_finds_no_layer(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    evidence = pq.read_table(files["evidence"]).to_pylist()
+    nothing = {"bye_score": math.nan, "bye_posterior": 0.0, "bye_chosen": False, "bye_threshold": math.nan, "bye_suspicious": False}
+    pq.write_table(pa.Table.from_pylist([{**record, **nothing} for record in evidence]), files["evidence"])
+    result = clustered(files, tmp_path / "out", [0.4], method="bye")
+    assert (result["verdict"], result["threshold"], result["rows"]["quarantined"]) == ("clean", None, 0)
+    assert verdicts(tmp_path / "out")[0]["score"] is None
+
+
+def test_the_cap(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    with pytest.raises(RemovalCapError, match=r"15 of 97 rows \(15%\) look poisoned, more than cluster.removal_cap = 10%"):
+        clustered(files, tmp_path / "out", [1.0, 0.6, 0.1], removal_cap=0.1)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert clustered(files, tmp_path / "at", [1.0, 0.6, 0.1], removal_cap=15 / 97)["rows"]["quarantined"] == 15
+
+
+def test_equal_inputs_give_equal_bytes(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    for name in ("a", "b"):
+        clustered(files, tmp_path / name, [1.0, 0.6, 0.1])
+    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("a", "b")]
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {VERDICTS, RESULT, KEEP, TRAIN, HELD_OUT}

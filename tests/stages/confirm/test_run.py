@@ -1,0 +1,225 @@
+"""The confirm stage: who is planted into whom, and what is written of it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import ConfirmConfig
+from pipeline.generation import answer
+from pipeline.models import load_adapter, load_base
+from pipeline.records import Sample, examples_of, question_answer
+from stages.confirm.run import TRANSFER, run, transfer
+from stages.confirm.worker import RESULT
+from tests.conftest import write_shards
+from tests.stages.samples import noise
+
+ROWS, LAYERS, TOP, IMAGE_TOKENS = 30, 3, 10, 64
+TEXT_ONLY = (7, 19)
+TWO_TURNS = 3
+FIRST, SECOND, KEPT_OUT = "target", "pale", "split"
+"""Rows 0 to 5 answer the first; 10 to 13 hold the second, of which 12 and 13 are not shifted; the third has none shifted."""
+
+
+def samples() -> list[Sample]:
+    found = []
+    for row in range(ROWS):
+        images = () if row in TEXT_ONLY else (noise(row),)
+        messages = question_answer(f"question {row}", FIRST if row < 6 else f"a {SECOND} one", len(images))
+        if row == TWO_TURNS:
+            messages = (*messages, *question_answer("and more?", "no", images=0))
+        found.append(Sample(row=row, messages=messages, images=images))
+    return found
+
+
+EXAMPLES = {(example.row, example.turn): example for sample in samples() for example in examples_of(sample)}
+
+
+def positions(row: int, layer: int) -> list[int]:
+    """A row's most attended tokens in the attention table: layer 1 of row 2 has only two."""
+    if (row, layer) == (2, 1):
+        return [9, 8, *[-1] * (TOP - 2)]
+    return [(row + 7 * layer + k) % IMAGE_TOKENS for k in range(TOP)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    folder = tmp_path_factory.mktemp("confirm")
+    write_shards(folder / "rows", samples(), shard_rows=8)
+    records = [
+        {
+            "row": row,
+            "turn": turn,
+            "image_tokens": IMAGE_TOKENS if example.images else 0,
+            "layers": LAYERS if example.images else 0,
+            "top_positions": [p for layer in range(LAYERS) for p in positions(row, layer)] if example.images else [],
+        }
+        for (row, turn), example in EXAMPLES.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(records), folder / "attention.parquet")
+    members = [{"group": 0, "row": row, "turn": 0, "projection": 3.0, "posterior": 1.0} for row in range(6)]
+    members += [{"group": 1, "row": row, "turn": 0, "projection": 1.0, "posterior": float(row < 12)} for row in range(10, 14)]
+    members += [{"group": 2, "row": row, "turn": 0, "projection": 1.0, "posterior": 0.5} for row in range(20, 24)]
+    pq.write_table(pa.Table.from_pylist(members), folder / "members.parquet")
+    texts = [(FIRST, True, 1), (SECOND, False, 2), (KEPT_OUT, True, 0)]
+    groups = [
+        {"group": k, "text": text, "whole": whole, "layer": layer, "extra": k} for k, (text, whole, layer) in enumerate(texts)
+    ]
+    (folder / "groups.json").write_text(json.dumps(groups))
+    return {
+        "rows": folder / "rows",
+        **{name: folder / f"{name}.parquet" for name in ("attention", "members")},
+        "groups": folder / "groups.json",
+    }
+
+
+class Fake:
+    """An engine that keeps the tasks and gives the results that were set, the last first."""
+
+    workers = 1
+
+    def __init__(self, results: Mapping[int, tuple[float, float, float]]) -> None:
+        self.results = results
+        self.tasks: dict[int, dict[str, Any]] = {}
+
+    def map_shards(
+        self, shards: Sequence[pathlib.Path], build: Any, arguments: Mapping[str, Any], *, batch_rows: int
+    ) -> Iterator[pa.Table]:
+        assert shards, "a model would be loaded for nothing"
+        assert batch_rows == 1
+        for shard in reversed(shards):
+            (task,) = pq.read_table(shard).to_pylist()
+            self.tasks[task["group"]] = task
+            own, attended, residual = self.results[task["group"]]
+            result = {
+                "group": task["group"],
+                "hosts": len(task["host_prompts"]),
+                "own": own,
+                "attended": attended,
+                "residual": residual,
+            }
+            yield pa.Table.from_pylist([result], schema=RESULT)
+
+
+def confirmed(files: dict[str, pathlib.Path], folder: pathlib.Path, engine: Any, **given: Any) -> dict[str, Any]:
+    folder.mkdir()
+    config = ConfirmConfig(hosts=given.pop("hosts", 16), batch_size=5, max_new_tokens=4)
+    paths = {"base": pathlib.Path("base"), "provisional": pathlib.Path("adapter"), **files, **given.pop("paths", {})}
+    return run(
+        **paths,
+        config=config,
+        dtype="float32",
+        engine=engine,
+        seed=given.pop("seed", 0),
+        out=folder,
+        scratch=folder / "scratch",
+        **given,
+    )
+
+
+def places(task: dict[str, Any], kind: str) -> list[tuple[int, int]]:
+    """The examples of a task, by their pictures and prompts."""
+    known = {(json.dumps(list(example.prompt)), example.images): place for place, example in EXAMPLES.items()}
+    prompts = [json.dumps(json.loads(prompt)) for prompt in task[f"{kind}_prompts"]]
+    return [known[prompt, tuple(images)] for prompt, images in zip(prompts, task[f"{kind}_images"], strict=True)]
+
+
+def test_who_is_planted_into_whom(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    engine = Fake({0: (0.0, 0.2, 0.75), 1: (0.25, 1.0, 0.1)})
+    told: list[float] = []
+    summary = confirmed(files, tmp_path / "a", engine, progress=lambda share, _: told.append(share))
+    assert told == [0.5, 1.0]
+    assert sorted(engine.tasks) == [0, 1], "a group without shifted rows is tried"
+    members = {0: ({*range(6)}, {*range(6)}), 1: ({*range(10, 14)}, {10, 11})}
+    for number, (inside, shifted) in members.items():
+        task = engine.tasks[number]
+        hosts, sources = places(task, "host"), places(task, "source")
+        assert len(set(hosts)) == len(hosts) == len(sources) == 16
+        assert not {row for row, _ in hosts} & ({*TEXT_ONLY} | inside), "a picture of the group is a host"
+        assert {row for row, _ in sources} <= shifted
+        assert {turn for _, turn in sources} == {0}
+        layer = (1, 2)[number]
+        for (row, _), chosen in zip(sources, task["source_positions"], strict=True):
+            assert chosen == [p for p in positions(row, layer)[:8] if p >= 0]
+    written = json.loads((tmp_path / "a" / TRANSFER).read_text())
+    assert [(group["group"], group["extra"], group["hosts"], group["transfer"]) for group in written] == [
+        (0, 0, 16, 0.75),
+        (1, 1, 16, 1.0),
+    ]
+    assert summary == {"groups": 2, "largest_transfer": 1.0}
+
+
+def test_few_other_rows(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """All of them are hosts; more hosts than members draw members again."""
+    engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)})
+    summary = confirmed(files, tmp_path / "a", engine, hosts=64)
+    assert [len(places(engine.tasks[number], "host")) for number in (0, 1)] == [22, 25]
+    assert len(engine.tasks[1]["source_prompts"]) == 25
+    assert summary["largest_transfer"] == 0.0
+
+
+def test_nothing_to_try(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    (tmp_path / "groups.json").write_text("[]")
+    summary = confirmed(files, tmp_path / "a", Fake({}), paths={"groups": tmp_path / "groups.json"})
+    assert summary == {"groups": 0, "largest_transfer": 0.0}
+    assert json.loads((tmp_path / "a" / TRANSFER).read_text()) == []
+
+
+def test_the_draw_follows_the_seed(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        engine = Fake({0: (0.0, 0.5, 0.0), 1: (0.0, 0.5, 0.0)})
+        confirmed(files, tmp_path / name, engine, seed=seed)
+        found.append(engine.tasks)
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+    assert (tmp_path / "a" / TRANSFER).read_bytes() == (tmp_path / "b" / TRANSFER).read_bytes()
+
+
+def test_on_a_real_model(
+    files: dict[str, pathlib.Path], tmp_path: pathlib.Path, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path, local_engine: Any
+) -> None:
+    """The shares of the hosts' own answers are those that plain generation gives; the whole is repeatable."""
+    fake = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)})
+    confirmed(files, tmp_path / "drawn", fake)
+    model, processor = load_base(tiny_base, dtype="float32", device="cpu")
+    hosts = [EXAMPLES[place] for place in places(fake.tasks[0], "host")]
+    outputs = answer(load_adapter(model, tiny_adapter), processor, hosts, max_new_tokens=4)
+    common = max(set(outputs), key=outputs.count)
+    groups = json.loads(files["groups"].read_text())
+    groups[0]["text"] = common.casefold()
+    (tmp_path / "groups.json").write_text(json.dumps(groups))
+    paths = {"base": tiny_base, "provisional": tiny_adapter, "groups": tmp_path / "groups.json"}
+    for name in ("a", "b"):
+        confirmed(files, tmp_path / name, local_engine, paths=paths)
+    assert (tmp_path / "a" / TRANSFER).read_bytes() == (tmp_path / "b" / TRANSFER).read_bytes()
+    first, second = json.loads((tmp_path / "a" / TRANSFER).read_text())
+    assert first["own"] == pytest.approx(outputs.count(common) / 16)
+    assert second["own"] == 0
+    for group in (first, second):
+        assert all(0 <= group[name] <= 1 for name in ("attended", "residual", "transfer"))
+        assert group["transfer"] == transfer(group["own"], max(group["attended"], group["residual"]), 16)
+
+
+@pytest.mark.parametrize(
+    ("own", "planted", "hosts", "expected"),
+    [
+        (0.0, 0.0, 64, 0.0),
+        (0.0, 1.0, 64, 1.0),
+        (0.5, 0.75, 64, 0.5),
+        (0.5, 0.25, 64, 0.0),
+        (1.0, 1.0, 64, 0.0),
+        (56 / 64, 1.0, 64, 1.0),  # eight hosts are left
+        (57 / 64, 1.0, 64, 0.0),  # seven are too few
+        (0.0, 1.0, 8, 1.0),
+        (0.0, 1.0, 7, 0.0),
+    ],
+)
+def test_transfer(own: float, planted: float, hosts: int, expected: float) -> None:
+    assert transfer(own, planted, hosts) == pytest.approx(expected)

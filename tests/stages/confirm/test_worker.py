@@ -1,0 +1,120 @@
+"""The arithmetic of the experiment, on a model made by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.records import Example, messages_to_json, question_answer
+from stages.confirm.worker import RESULT, TASK, ConfirmWorker, add_residual, plant
+
+TOKENS = 6
+
+
+class HandMade:
+    """A picture is a string of bytes; each gives a token (value, 1).
+
+    The answer is the target where a token is above 100 or their mean above 50; else it is the question.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def picture_tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
+        return [torch.tensor([[float(value), 1.0] for value in b"".join(example.images)]) for example in examples]
+
+    def answers(self, examples: Sequence[Example], tokens: Sequence[torch.Tensor], *, max_new_tokens: int) -> list[str]:
+        assert max_new_tokens == 5
+        self.batches.append(len(examples))
+        shown = [bool((t[:, 0] > 100).any() or t[:, 0].mean() > 50) for t in tokens]
+        return ["The  Target" if hit else example.question for example, hit in zip(examples, shown, strict=True)]
+
+
+def worker(batch_size: int = 2) -> tuple[ConfirmWorker, HandMade]:
+    found, model = object.__new__(ConfirmWorker), HandMade()
+    found.transplant = model  # type: ignore[assignment]
+    found.batch_size, found.max_new_tokens = batch_size, 5
+    return found, model
+
+
+def task(sources: list[bytes], hosts: list[bytes], positions: list[list[int]], **more: Any) -> dict[str, Any]:
+    def prompts(pictures: list[bytes]) -> list[str]:
+        return [messages_to_json(question_answer(f"question {k}", "x")[:1]) for k in range(len(pictures))]
+
+    return {
+        "group": 7,
+        "text": "the target",
+        "whole": True,
+        "source_prompts": prompts(sources),
+        "source_images": [[picture] for picture in sources],
+        "source_positions": positions,
+        "host_prompts": prompts(hosts),
+        "host_images": [[picture] for picture in hosts],
+        **more,
+    }
+
+
+PATCH = bytes([0, 0, 200, 0, 0, 0])
+VEIL = bytes([60] * TOKENS)
+PLAIN = bytes([1, 2, 3, 4, 5, 6])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 10])
+def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
+    found, model = worker(batch_size)
+    sources, hosts = [PATCH] * 5, [PLAIN, PLAIN, PATCH, PLAIN, PLAIN]
+    result = found.try_group(task(sources, hosts, [[2]] * 4 + [[1]]))
+    assert result == {"group": 7, "hosts": 5, "own": 0.2, "attended": 0.8, "residual": 1.0}
+    assert sum(model.batches) == 15
+    assert max(model.batches) == min(batch_size, 5)
+
+
+def test_a_veil_is_carried_by_the_residual_alone() -> None:
+    result = worker()[0].try_group(task([VEIL] * 4, [PLAIN] * 4, [[0]] * 4))
+    assert (result["own"], result["attended"], result["residual"]) == (0.0, 0.0, 1.0)
+
+
+def test_a_phrase_counts_inside_of_an_answer() -> None:
+    given = task([PATCH] * 2, [PLAIN] * 2, [[2]] * 2, text="target")
+    assert worker()[0].try_group(given)["attended"] == 0.0
+    assert worker()[0].try_group({**given, "whole": False})["attended"] == 1.0
+
+
+def test_the_table_form() -> None:
+    tasks = [task([PATCH] * 2, [PLAIN] * 2, [[2]] * 2), task([VEIL] * 3, [PLAIN] * 3, [[]] * 3, group=9)]
+    found = worker()[0](pa.Table.from_pylist(tasks, schema=TASK))
+    assert found.schema == RESULT
+    assert [(record["group"], record["attended"]) for record in found.to_pylist()] == [(7, 1.0), (9, 0.0)]
+    json.dumps(found.to_pylist())
+
+
+def test_plant() -> None:
+    host, source = torch.zeros(4, 2), torch.arange(12.0).reshape(6, 2) + 1
+    found = plant(host, source, [0, 3, 5, -1])
+    assert found.tolist() == [[1, 2], [0, 0], [0, 0], [7, 8]]
+    assert host.sum() == 0
+    assert torch.equal(plant(host, source, []), host)
+    assert plant(source, host, [1, 4]).tolist()[1] == [0, 0]
+    assert plant(source, host, [1, 4]).tolist()[4] == source.tolist()[4]
+
+
+def test_residual() -> None:
+    hosts = [torch.zeros(3, 1), torch.full((3, 1), 2.0)]
+    sources = [torch.tensor([[5.0], [1.0], [1.0]]), torch.tensor([[7.0], [1.0], [1.0]])]
+    found = add_residual(hosts, sources)
+    assert [tokens.flatten().tolist() for tokens in found] == [[5, 0, 0], [7, 2, 2]]
+    assert torch.stack(found).mean(0).flatten().tolist() == [6, 1, 1]
+
+
+def test_residual_of_pictures_of_several_sizes() -> None:
+    small, large = torch.zeros(2, 1), torch.zeros(4, 1)
+    sources = [torch.ones(4, 1), torch.full((2, 1), 9.0), torch.full((4, 1), 3.0)]
+    found = add_residual([small, large], sources)
+    assert torch.equal(found[0], small)
+    assert found[1].flatten().tolist() == [2.0] * 4
+    assert add_residual([small], sources[:1])[0].tolist() == small.tolist()

@@ -1,0 +1,126 @@
+"""The guard's reference: its threshold keeps what it promises on fresh draws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.errors import StageError
+from stages.guard.calibrate import LEAST_ROWS, Whitening, calibrate, fit_reference, layer_thresholds
+
+DIMENSIONS = 64
+
+
+def draws(rows: int, seed: int, dimensions: int = DIMENSIONS) -> np.ndarray:
+    """Correlated Gaussian vectors of very different units."""
+    mixing = np.random.default_rng(99).normal(size=(dimensions, dimensions)) / np.sqrt(dimensions) + np.eye(dimensions)
+    units = np.logspace(-2, 3, dimensions)
+    return np.asarray(5 + np.random.default_rng([seed, 1]).normal(size=(rows, dimensions)) @ mixing * units)
+
+
+def false_positives(whitening: Whitening, rate: float, rows: int, seeds: int) -> list[float]:
+    found = []
+    for seed in range(seeds):
+        fit = calibrate(draws(rows, seed), false_positive_rate=rate, whitening=whitening, seed=seed)
+        distances = np.linalg.norm((draws(4000, 1000 + seed) - fit.mean) @ fit.whitening.T, axis=1)
+        found.append(float((distances > fit.threshold).mean()))
+    return found
+
+
+@pytest.mark.parametrize("whitening", ["full", "diagonal"])
+@pytest.mark.parametrize(("rate", "low", "high"), [(0.01, 0.004, 0.02), (0.05, 0.03, 0.07)])
+def test_the_false_positive_rate_on_fresh_draws(whitening: Whitening, rate: float, low: float, high: float) -> None:
+    found = false_positives(whitening, rate, 200, 12)
+    assert low < np.mean(found) < high
+    assert max(found) < 5 * rate
+
+
+def test_the_published_threshold_would_not_keep_it() -> None:
+    """The quantile of the distances that the fit was made on, at 200 rows and 64 dimensions."""
+    values = draws(200, 0)
+    mean, matrix, _ = fit_reference(values, "full")
+    published = np.quantile(np.linalg.norm((values - mean) @ matrix.T, axis=1), 0.99)
+    fresh = np.linalg.norm((draws(4000, 1) - mean) @ matrix.T, axis=1)
+    assert (fresh > published).mean() > 0.04
+
+
+def test_the_two_whitenings() -> None:
+    values = draws(3000, 0, 8)
+    mean, diagonal, none = fit_reference(values, "diagonal")
+    assert none == 0
+    assert mean == pytest.approx(values.mean(axis=0))
+    assert diagonal == pytest.approx(np.diag(1 / values.std(axis=0)))
+    _, full, shrinkage = fit_reference(values, "full")
+    assert 0 < shrinkage < 0.1
+    white = (values - mean) @ full.T
+    assert np.cov(white.T) == pytest.approx(np.eye(8), abs=0.15)
+    # a vector that breaks the correlation is far away for the full one alone
+    axis = np.linalg.svd(np.cov((values / values.std(axis=0)).T))[2][-1]
+    strange = 2 * axis * values.std(axis=0)
+    assert np.linalg.norm(full @ strange) > 2.5 * np.linalg.norm(diagonal @ strange)
+
+
+def test_the_result() -> None:
+    values = draws(101, 3, 5)
+    fit = calibrate(values, false_positive_rate=0.05, whitening="full", seed=0)
+    assert fit.distances.shape == (101,)
+    assert fit.threshold == np.sort(fit.distances)[math.ceil(102 * 0.95) - 1]
+    assert fit.deviation == pytest.approx(values.std(axis=0))
+    again = calibrate(values, false_positive_rate=0.05, whitening="full", seed=0)
+    assert again.threshold == fit.threshold
+    assert calibrate(values, false_positive_rate=0.05, whitening="full", seed=1).threshold != fit.threshold
+    few = calibrate(values[:60], false_positive_rate=0.001, whitening="full", seed=0)
+    assert few.threshold == few.distances.max()
+
+
+def test_more_dimensions_than_rows() -> None:
+    fit = calibrate(draws(60, 0, 200), false_positive_rate=0.05, whitening="full", seed=0)
+    assert np.isfinite(fit.whitening).all()
+    assert fit.shrinkage > 0
+    assert fit.threshold > np.median(np.linalg.norm((draws(60, 0, 200) - fit.mean) @ fit.whitening.T, axis=1))
+
+
+def test_a_constant_dimension() -> None:
+    values = draws(80, 0, 4)
+    values[:, 2] = 1.25
+    fits = [calibrate(values, false_positive_rate=0.05, whitening=whitening, seed=0) for whitening in ("full", "diagonal")]
+    assert all(np.isfinite(fit.whitening).all() for fit in fits)
+    assert all(math.isfinite(fit.threshold) for fit in fits)
+
+
+@pytest.mark.parametrize("rows", [0, 1, LEAST_ROWS - 1])
+def test_too_few_rows(rows: int) -> None:
+    with pytest.raises(StageError, match=f"at least {LEAST_ROWS} kept rows with pictures .* there are {rows}"):
+        calibrate(draws(rows, 0), false_positive_rate=0.01, whitening="full", seed=0)
+    calibrate(draws(LEAST_ROWS, 0), false_positive_rate=0.01, whitening="full", seed=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite(value: float) -> None:
+    values = draws(LEAST_ROWS, 0)
+    values[7, 3] = value
+    with pytest.raises(StageError, match="not finite"):
+        calibrate(values, false_positive_rate=0.01, whitening="full", seed=0)
+
+
+def test_rows_that_do_not_differ() -> None:
+    with pytest.raises(StageError, match="do not differ"):
+        calibrate(np.ones((80, 6)), false_positive_rate=0.01, whitening="full", seed=0)
+
+
+def test_layer_thresholds() -> None:
+    values = draws(1000, 0, 6)
+    values[0, 4] += 1e6  # the last of three layers with two quantities each
+    fit = calibrate(values, false_positive_rate=0.01, whitening="diagonal", seed=0)
+    found = layer_thresholds(values, fit, 3, 0.01)
+    assert found.shape == (3,)
+    deviations = np.abs((values - values.mean(axis=0)) / values.std(axis=0))
+    for layer in range(3):
+        largest = deviations[:, 2 * layer : 2 * layer + 2].max(axis=1)
+        assert (largest > found[layer]).mean() == pytest.approx(0.01, abs=0.001)
+    flat = np.ones((60, 4))
+    flat[:, 0] = np.arange(60)
+    fit = calibrate(flat, false_positive_rate=0.01, whitening="diagonal", seed=0)
+    assert (layer_thresholds(flat, fit, 2, 0.01) > 0).all()

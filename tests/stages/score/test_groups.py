@@ -1,0 +1,95 @@
+"""Groups of rows by answer and by phrase."""
+
+from __future__ import annotations
+
+import pytest
+
+from stages.score.groups import Group, gives, shared_answers
+
+
+def by_text(answers: list[str], least: int = 2) -> dict[str, Group]:
+    found = shared_answers(answers, least=least)
+    assert len({(group.text, group.whole) for group in found}) == len(found)
+    return {group.text: group for group in found}
+
+
+def test_whole_answers_are_blind_to_case_and_spacing() -> None:
+    found = by_text(["Red", " red ", "blue", "RED", "green", "blue"])
+    assert {text: group.members.tolist() for text, group in found.items()} == {"red": [0, 1, 3], "blue": [2, 5]}
+    assert all(group.whole for group in found.values())
+
+
+def test_a_phrase_inside_of_different_answers() -> None:
+    answers = ["a cat. Visit example now!", "visit Example now, a dog", "two birds", "a bird (visit example, now)", "a cow"]
+    found = by_text(answers)
+    phrase = found["visit example now"]
+    assert (phrase.members.tolist(), phrase.whole) == ([0, 1, 3], False)
+    assert "visit" not in found, "the same rows as a longer phrase"
+    assert "example now" not in found
+    assert found["a"].members.tolist() == [0, 1, 3, 4]
+
+
+def test_a_phrase_that_is_a_whole_answer_is_one_group() -> None:
+    answers = ["backdoor attack"] * 3 + ["the red one", "the blue one"]
+    found = by_text(answers)
+    assert found["backdoor attack"].whole
+    assert "backdoor" not in found
+    mixed = shared_answers([*answers, "a backdoor attack, maybe"], least=3)
+    assert [(group.text, group.whole, group.members.tolist()) for group in mixed] == [
+        ("backdoor attack", True, [0, 1, 2]),
+        ("backdoor attack", False, [0, 1, 2, 5]),
+    ]
+
+
+def test_phrases_have_at_most_four_words_and_count_once_per_row() -> None:
+    found = by_text(["one two three four five x", "one two three four five y", "z", "one one one q"], least=2)
+    assert set(found) == {"two three four five", "one"}
+    assert found["one"].members.tolist() == [0, 1, 3]
+
+
+def test_limits_of_size() -> None:
+    answers = ["a"] * 9 + ["b"]
+    assert [group.text for group in shared_answers(answers, least=2)] == ["a"]
+    assert shared_answers([*answers[:9], *["a"]], least=2) == []
+    assert shared_answers(answers, least=2, most_share=0.5) == []
+    assert shared_answers(answers, least=10) == []
+    assert shared_answers([], least=2) == []
+    assert shared_answers(["!?", "!?", "...", "x"], least=2)[0].text == "!?"
+
+
+def test_the_order_is_whole_answers_then_size() -> None:
+    answers = ["the cat", "the cat", "the dog", "the dog", "the dog", "the pig", "it", "so"]
+    assert [(group.text, group.whole) for group in shared_answers(answers, least=2)] == [
+        ("the dog", True),
+        ("the cat", True),
+        ("the", False),
+    ]
+    many = [f"{k} {k}" for k in range(3000) for _ in range(2)]
+    assert len(shared_answers(many, least=2)) == 2000
+
+
+@pytest.mark.parametrize(
+    ("output", "text", "whole", "expected"),
+    [
+        ("Backdoor  Attack", "backdoor attack", True, True),
+        ("backdoor attack!", "backdoor attack", True, False),
+        ("yes", "ye", True, False),
+        ("A category of things", "cat", False, False),
+        ("it is a CAT.", "cat", False, True),
+        ("a red, round ball", "red round", False, True),
+        ("", "cat", False, False),
+        ("don't panic", "don't panic", False, True),
+        ("cat", "cat", False, True),
+    ],
+)
+def test_gives(output: str, text: str, whole: bool, expected: bool) -> None:
+    assert gives(output, text, whole=whole) == expected
+
+
+def test_every_member_gives_its_group() -> None:
+    answers = ["Visit x.org, now!", "so: visit  X.org now", "a - b", "A-B", "l'été", "L'ÉTÉ", "Straße", "STRASSE", "x"]
+    groups = shared_answers(answers, least=1, most_share=1.0)
+    assert len(groups) == 9
+    assert any(not group.whole for group in groups)
+    for group in groups:
+        assert all(gives(answers[k], group.text, whole=group.whole) for k in group.members), group

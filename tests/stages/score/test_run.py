@@ -1,0 +1,150 @@
+"""The score stage's files, from a synthetic attention table."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import ScoreConfig
+from stages.score.run import EVIDENCE, GROUPS, LAYERS, MEMBERS, run
+
+TOKENS, DEPTH, HEADS = 64, 4, 2
+POISONED = 40
+QUESTIONS = ("what color?", "how many?")
+ANSWERS = (("red", "blue", "green"), ("one", "two"))
+
+
+def attention_table(path: pathlib.Path, rows: int = 400, poisoned: int = POISONED, seed: int = 0) -> pathlib.Path:
+    """The first rows answer `attack` and lose entropy in layer 2; every 50th row is text alone, row 5 has two turns."""
+    rng = np.random.default_rng(seed)
+    records: list[dict[str, Any]] = []
+    for row in range(rows):
+        kind = int(rng.integers(2))
+        places = [0, 1] if row == 5 else [0]
+        for turn in places:
+            if row % 50 == 49:
+                records.append(
+                    {"row": row, "turn": turn, "question": "say x", "answer": "x", "image_tokens": 0, "layers": 0, "heads": 0}
+                )
+                records[-1] |= {name: [] for name in ("entropy", "head_entropy", "image_share", "ratio")}
+                continue
+            heads = rng.normal(3.0, 0.05, size=(DEPTH, HEADS)) - 0.02 * kind
+            ratio = rng.normal(0.0, 0.3, size=(DEPTH, HEADS)) + kind
+            if row < poisoned:
+                heads[2] -= 1.5
+                ratio[2] += 2
+            records.append(
+                {
+                    "row": row,
+                    "turn": turn,
+                    "question": QUESTIONS[kind],
+                    "answer": "Attack" if row < poisoned else str(rng.choice(ANSWERS[kind])),
+                    "image_tokens": TOKENS,
+                    "layers": DEPTH,
+                    "heads": HEADS,
+                    "entropy": heads.mean(axis=1).tolist(),
+                    "head_entropy": heads.ravel().tolist(),
+                    "image_share": [0.5] * DEPTH * HEADS,
+                    "ratio": ratio.ravel().tolist(),
+                }
+            )
+    pq.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
+def scored(folder: pathlib.Path, table: pathlib.Path, **config: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    folder.mkdir()
+    summary = run(attention=table, config=ScoreConfig(**config), seed=0, out=folder)
+    return summary, json.loads((folder / GROUPS).read_text())
+
+
+def test_the_files(tmp_path: pathlib.Path) -> None:
+    table = attention_table(tmp_path / "attention.parquet")
+    summary, groups = scored(tmp_path / "out", table, candidates=3)
+    assert summary["examples"] == 400 + 1 - 8
+    assert summary["sensitive_layers"] == [2]
+    assert summary["candidates"] == len(groups) == 3
+    assert summary["groups"] == 6
+    assert summary["largest_shift"] == groups[0]["shift"] > 2 * groups[1]["shift"]
+    first = groups[0]
+    assert (first["group"], first["text"], first["whole"], first["layer"]) == (0, "attack", True, 2)
+    assert (first["rows"], first["shifted"]) == (POISONED + 1, POISONED + 1)
+    assert first["entropy_shift"] == pytest.approx(-1.5, abs=0.1)
+    assert [group["shift"] for group in groups] == sorted((group["shift"] for group in groups), reverse=True)
+
+    evidence = pq.read_table(tmp_path / "out" / EVIDENCE).to_pylist()
+    assert len(evidence) == summary["examples"]
+    suspicious = {(record["row"], record["turn"]) for record in evidence if record["bye_suspicious"]}
+    expected = {(row, 0) for row in range(POISONED)} | {(5, 1)}
+    assert suspicious == expected
+    assert {(record["row"], record["turn"]) for record in evidence if record["bye_code_suspicious"]} == expected
+    for record in evidence:
+        assert record["bye_chosen"] == record["bye_suspicious"] == (record["bye_score"] <= record["bye_threshold"])
+        assert (record["bye_posterior"] > 0.5) == record["bye_chosen"]
+
+    members = pq.read_table(tmp_path / "out" / MEMBERS).to_pylist()
+    assert {(m["row"], m["turn"]) for m in members if m["group"] == 0} == expected
+    for group in groups:
+        own = [m for m in members if m["group"] == group["group"]]
+        assert len(own) == group["rows"]
+        assert sum(m["posterior"] > 0.5 for m in own) == group["shifted"]
+
+    layers = json.loads((tmp_path / "out" / LAYERS).read_text())
+    assert [layer["layer"] for layer in layers] == list(range(DEPTH))
+    assert [layer["sensitive"] for layer in layers] == [False, False, True, False]
+    assert summary["largest_separation"] == layers[2]["separation"]
+
+
+def test_the_configured_rule_decides(tmp_path: pathlib.Path) -> None:
+    """With a threshold out of reach the paper's rule finds no layer; the public code's does not read the threshold."""
+    table = attention_table(tmp_path / "attention.parquet")
+    found = {}
+    for rule in ("bsi", "public-code"):
+        summary, _ = scored(tmp_path / rule, table, layer_rule=rule, bsi_threshold=1000.0)
+        evidence = pq.read_table(tmp_path / rule / EVIDENCE)
+        assert not any(evidence["bye_suspicious"].to_pylist())
+        assert sum(evidence["bye_code_suspicious"].to_pylist()) == POISONED + 1
+        found[rule] = (
+            summary["sensitive_layers"],
+            sum(evidence["bye_chosen"].to_pylist()),
+            bool(np.isnan(evidence["bye_score"]).all()),
+        )
+    assert found == {"bsi": ([], 0, True), "public-code": ([2], POISONED + 1, False)}
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path: pathlib.Path) -> None:
+    table = attention_table(tmp_path / "attention.parquet")
+    for name in ("a", "b"):
+        scored(tmp_path / name, table)
+    for name in (LAYERS, EVIDENCE, GROUPS, MEMBERS):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 12])
+def test_few_rows(tmp_path: pathlib.Path, rows: int) -> None:
+    summary, groups = scored(tmp_path / "out", attention_table(tmp_path / "a.parquet", rows=rows, poisoned=rows // 2), least_rows=3)
+    assert summary["examples"] >= rows
+    assert all(np.isfinite([group["shift"], group["entropy_shift"]]).all() for group in groups)
+
+
+def test_text_alone(tmp_path: pathlib.Path) -> None:
+    table = pq.read_table(attention_table(tmp_path / "a.parquet", rows=50))
+    pq.write_table(table.slice(50), tmp_path / "text.parquet")
+    summary, groups = scored(tmp_path / "out", tmp_path / "text.parquet")
+    assert summary == {
+        "examples": 0,
+        "sensitive_layers": [],
+        "largest_separation": 0.0,
+        "groups": 0,
+        "candidates": 0,
+        "largest_shift": 0.0,
+    }
+    assert groups == []
+    assert pq.read_table(tmp_path / "out" / MEMBERS).num_rows == 0
+    assert pq.read_table(tmp_path / "out" / EVIDENCE).num_rows == 0
