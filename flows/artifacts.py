@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import logging
 import math
 import pathlib
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -30,14 +30,17 @@ SCORE_LABELS = {
 Log = logging.Logger | logging.LoggerAdapter[Any]
 T = TypeVar("T")
 _TRANSPORT = ("httpcore", "httpcore2", "httpx", "httpx2")
+_ADDRESS = re.compile(r"[:@]|www(?=\.)", re.IGNORECASE)
+_JOINER = "\N{WORD JOINER}"
 _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 ,")
 
 
 def escape(text: object, limit: int = SHOWN_TEXT) -> str:
     """A submitted text for Markdown, where it can neither be markup, a link, HTML nor the end of a table cell.
 
-    Everything in ASCII but letters, digits, spaces and commas becomes a character reference, so that no rule of any Markdown (bare
-    URLs become links in some) finds its characters; control and direction characters become spaces.
+    Everything in ASCII but letters, digits, spaces and commas gets a backslash (one of Prefect's two pages shows character
+    references as they are written); control and direction characters become spaces; an invisible joiner keeps addresses from
+    turning into links.
 
     Args:
         text: anything; its `str` is taken.
@@ -45,7 +48,9 @@ def escape(text: object, limit: int = SHOWN_TEXT) -> str:
     """
     whole = str(text)
     cut = whole if len(whole) <= limit else whole[: limit - 1] + "…"
-    return "".join(_escape_character(character) for character in cut)
+    visible = "".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in cut)
+    apart = _ADDRESS.sub(lambda match: match[0] + _JOINER, visible)
+    return "".join(f"\\{character}" if character.isascii() and character not in _PLAIN else character for character in apart)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -263,11 +268,3 @@ def _scores(clustered: pathlib.Path) -> str:
 
 def _image(name: str, uri: str) -> str:
     return f"![{name}]({uri})"
-
-
-def _escape_character(character: str) -> str:
-    if character in _PLAIN:
-        return character
-    if unicodedata.category(character)[0] in "CZ":  # controls, directions, surrogates, line breaks
-        return " "
-    return f"&#{ord(character)};" if ord(character) < 128 else html.escape(character)

@@ -1,4 +1,4 @@
-"""What the command line shows while it works: a bar per stage on a terminal, a line per finished stage elsewhere."""
+"""What the command line shows while it works: a bar per stage on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ NAMES = {
     "poison": "poison",
 }
 """Stages in words."""
+LINE_SECONDS = 10.0
 LOGGERS = ("flows", "pipeline", "stages", "storage")
 
 
@@ -48,7 +49,7 @@ class Display:
             disable=not self.console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._told: dict[str, float] = {}
         self._handler = RichHandler(console=self.console, show_path=False, show_time=False, markup=False)
         self._handler.setLevel(logging.WARNING)
 
@@ -73,9 +74,15 @@ class Display:
         self._progress.update(self._tasks[stage], completed=share, text=escape(text))
 
     def _line(self, stage: str, name: str, share: float, text: str) -> None:
-        """A line where a stage begins and one where it ends."""
-        if stage not in self._started:
-            self._started[stage] = time.monotonic()
-            self.console.print(f"{name} ...", markup=False, highlight=False)
+        """A line where a stage begins, one now and then, and one where it ends."""
+        now = time.monotonic()
+        line = ""
+        if stage not in self._told:
+            line = f"{name} ..."
         elif share >= 1 and text.startswith(("done", "found", "ready")):
-            self.console.print(f"{name}: {text}", markup=False, highlight=False)
+            line = f"{name}: {text}"
+        elif text and share < 1 and now - self._told[stage] >= LINE_SECONDS:
+            line = f"{name}: {share:.0%}, {text}"
+        if line:
+            self._told[stage] = now
+            self.console.print(line, markup=False, highlight=False)

@@ -39,7 +39,7 @@ class FinetuneConfig(Section):
         None,
         gt=0,
         le=1,
-        description="Peak of the linear decay. None: BYE's 2e-4 at hidden size 4096, scaled by sqrt(4096 / hidden size).",
+        description="Peak of the linear decay. None: BYE's 2e-4 at hidden size 4096, times (4096 / hidden size) ** 0.781.",
     )
     warmup_ratio: float = pydantic.Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises (LLaVA: 0.03).")
     lora_rank: int = pydantic.Field(16, gt=0, le=1024, description="LoRA rank r.")

@@ -19,15 +19,19 @@ PROJECTORS = ("multi_modal_projector", "visual.merger", "connector", "aligner")
 
 _PUBLISHED_RATE = 2e-4
 _PUBLISHED_WIDTH = 4096
+_WIDTH_EXPONENT = 0.781
 
 _log = logging.getLogger(__name__)
 
 
 def learning_rate(config: FinetuneConfig, width: int) -> float:
-    """Peak learning rate for a decoder of hidden size `width`: BYE's 2e-4 at 4096 (section 5.1), by sqrt(4096 / width)."""
+    """Peak learning rate for a decoder of hidden size `width`: BYE's 2e-4 at 4096 (section 5.1), times (4096 / width) ** 0.781.
+
+    The exponent is that of "LoRA Without Regret" (Schulman et al., 2025) for Llama models.
+    """
     if config.learning_rate is not None:
         return config.learning_rate
-    return float(_PUBLISHED_RATE * (_PUBLISHED_WIDTH / width) ** 0.5)
+    return float(_PUBLISHED_RATE * (_PUBLISHED_WIDTH / width) ** _WIDTH_EXPONENT)
 
 
 def lora_targets(model: Any) -> str:

@@ -42,9 +42,16 @@ class Guard:
 
 
 def adapter_digest(folder: pathlib.Path) -> str:
-    """sha256 of an adapter's weights."""
-    with (folder / ADAPTER_WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of an adapter's weights.
+
+    Raises:
+        ModelError: they can't be read.
+    """
+    try:
+        with (folder / ADAPTER_WEIGHTS).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS}: can't be read: {error}") from error
 
 
 def save_guard(guard: Guard, folder: pathlib.Path) -> None:

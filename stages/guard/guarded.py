@@ -69,6 +69,7 @@ class _Call:
     owner: GuardedModel
     inputs: int
     prompt: int
+    mask: torch.Tensor | None
     tap: Tap = dataclasses.field(default_factory=Tap)
     regions: PromptRegions | None = None
     empty_cache: Any = None
@@ -143,7 +144,7 @@ class GuardedModel:
             raise ConfigError(
                 "the guard is detached" if prompt is not None else "the guard finds pictures by their tokens: give input_ids"
             )
-        call = _Call(owner=self, inputs=prompt.shape[0], prompt=prompt.shape[1])
+        call = _Call(owner=self, inputs=prompt.shape[0], prompt=prompt.shape[1], mask=inputs.get("attention_mask"))
         call.tap.observer = lambda layer, weights: self._observe(call, layer, weights)
         token = _CALL.set(call)
         try:
@@ -157,8 +158,8 @@ class GuardedModel:
         if call.regions is None or layer not in self.detector.layers:
             return
         started = time.perf_counter()
-        call.weights[layer] = weights
-        call.statistics[layer] = reduce_layer(weights, call.regions, top=1)
+        call.weights[layer] = weights[..., : call.prompt]  # a static cache keeps room for more
+        call.statistics[layer] = reduce_layer(call.weights[layer], call.regions, top=1)
         call.seconds += time.perf_counter() - started
 
     def _before_forward(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -172,7 +173,9 @@ class GuardedModel:
                 "the guard must see the whole prompt in one prefill: no continued cache, no chunks, no drafted tokens"
             )
         mask = kwargs.get("attention_mask")
-        seen = torch.ones_like(input_ids) if mask is None or mask.dim() != 2 else mask
+        if mask is None or mask.dim() != 2:  # a static cache is given masks of four dimensions
+            mask = None if call.mask is None else call.mask.repeat_interleave(len(input_ids) // call.inputs, dim=0)
+        seen = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device)
         if not bool(seen[:, -1].all()):
             raise ConfigError("the guard reads the last position of each prompt: pad on the left")
         call.regions = prompt_regions(input_ids, seen, self._image_token_id)

@@ -254,7 +254,7 @@ def test_sigterm_leaves_nothing_and_the_run_goes_on(
         assert process.poll() is None, process.stdout and process.stdout.read()
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert left_over(process.pid) == []
     assert temporary_folders() <= before

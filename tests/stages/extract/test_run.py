@@ -33,8 +33,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def extracted(rows: pathlib.Path, base: pathlib.Path, out: pathlib.Path, engine: Any, **given: Any) -> dict[str, Any]:
     config = ExtractConfig(batch_size=given.pop("batch_size", 4), top_tokens=given.pop("top_tokens", 5))
-    adapter = given.pop("adapter", None)
-    return run(rows=rows, base=base, adapter=adapter, config=config, dtype="float32", engine=engine, out=out, **given)
+    settings = {"adapter": None, "dtype": "float32", **given}
+    return run(rows=rows, base=base, config=config, engine=engine, out=out, **settings)
 
 
 def records(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -106,6 +106,17 @@ def test_the_batch_does_not_change_the_values(
             if name != "top_positions":
                 assert a[name] == pytest.approx(b[name], abs=1e-5), (a["row"], name)
         assert {name: a[name] for name in a if name not in LISTS} == {name: b[name] for name in b if name not in LISTS}
+
+
+def test_bfloat16_gives_about_the_same(
+    rows: pathlib.Path, tiny_base: pathlib.Path, tmp_path: pathlib.Path, local_engine: Any
+) -> None:
+    for dtype in ("float32", "bfloat16"):
+        (tmp_path / dtype).mkdir()
+        extracted(rows, tiny_base, tmp_path / dtype, local_engine, dtype=dtype)
+    for a, b in zip(records(tmp_path / "float32"), records(tmp_path / "bfloat16"), strict=True):
+        for name in ("entropy", "head_entropy", "image_share", "ratio"):
+            assert a[name] == pytest.approx(b[name], abs=0.05), (a["row"], name)
 
 
 class Backwards:

@@ -54,7 +54,10 @@ def idefics() -> Any:
     )
 
 
-@pytest.mark.parametrize(("width", "given", "rate"), [(4096, None, 2e-4), (1024, None, 4e-4), (256, None, 8e-4), (256, 1e-5, 1e-5)])
+@pytest.mark.parametrize(
+    ("width", "given", "rate"),
+    [(4096, None, 2e-4), (1024, None, 2e-4 * 4**0.781), (256, None, 2e-4 * 16**0.781), (256, 1e-5, 1e-5)],
+)
 def test_learning_rate(width: int, given: float | None, rate: float) -> None:
     assert learning_rate(FinetuneConfig(learning_rate=given), width) == pytest.approx(rate)
 

@@ -1,0 +1,230 @@
+"""The guard stage on the tiny model: what it writes is what a serving process loads."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.attention import LayerStatistics
+from pipeline.config import GuardConfig
+from pipeline.errors import ModelError, StageError
+from pipeline.generation import answer
+from pipeline.models import base_identity
+from pipeline.records import Sample, examples_of, question_answer
+from stages.extract.table import AttentionTable
+from stages.guard.detector import FEATURES, feature_vectors
+from stages.guard.files import GUARD, GUARD_TENSORS, adapter_digest, load_guard
+from stages.guard.guarded import RefusedInputError
+from stages.guard.load import adapter_folder, load_guarded
+from stages.guard.run import CALIBRATION, reference_vectors, run
+from tests.conftest import write_shards
+from tests.stages.samples import noise
+
+ROWS, TEXT_ONLY, LAYERS, HEADS = 66, (5, 40), 3, 4
+
+
+def samples() -> list[Sample]:
+    return [
+        Sample(
+            row=row,
+            messages=question_answer(f"what is it, number {row % 7}?", "x", int(row not in TEXT_ONLY)),
+            images=() if row in TEXT_ONLY else (noise(row),),
+        )
+        for row in range(ROWS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("rows")
+    write_shards(folder, samples(), shard_rows=20)
+    return folder
+
+
+class Stage:
+    """Runs the stage on kept rows, each time in a folder of its own."""
+
+    def __init__(self, folder: pathlib.Path, rows: pathlib.Path, base: pathlib.Path, adapter: pathlib.Path, engine: Any) -> None:
+        self.folder, self.engine = folder, engine
+        self.inputs = {"rows": rows, "base": base, "adapter": adapter}
+
+    def run(self, name: str, *, kept: range = range(ROWS), seed: int = 0, **config: Any) -> tuple[dict[str, Any], pathlib.Path]:
+        out = self.folder / name
+        out.mkdir()
+        pq.write_table(pa.table({"row": list(kept)}), self.folder / f"{name}.parquet")
+        told: list[float] = []
+        summary = run(
+            **self.inputs,
+            keep=self.folder / f"{name}.parquet",
+            config=GuardConfig(**config),
+            dtype="float32",
+            engine=self.engine,
+            seed=seed,
+            out=out,
+            scratch=self.folder / f"{name}-scratch",
+            progress=lambda share, _: told.append(share),
+        )
+        assert told == sorted(told)
+        assert told[-1] == 1.0
+        return summary, out
+
+
+@pytest.fixture
+def stage(
+    tmp_path: pathlib.Path, rows: pathlib.Path, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path, local_engine: Any
+) -> Stage:
+    return Stage(tmp_path, rows, tiny_base, tiny_adapter, local_engine)
+
+
+def test_what_is_written(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path) -> None:
+    summary, out = stage.run("a", reference_rows=55, false_positive_rate=0.1, action="report")
+    assert {path.name for path in out.iterdir()} == {GUARD, GUARD_TENSORS, CALIBRATION}
+    dimensions = LAYERS * HEADS * 2
+    assert summary["reference_rows"] == 55
+    assert summary["dimensions"] == dimensions
+    assert summary["layers"] == [0, 1, 2]
+    assert 0 < summary["shrinkage"] < 1
+    found = load_guard(out, base=base_identity(tiny_base), adapter=adapter_digest(tiny_adapter))
+    assert found.action == "report"
+    assert found.detector.threshold == summary["threshold"]
+    assert found.detector.features == FEATURES
+    assert found.detector.whitening.shape == (dimensions, dimensions)
+    assert found.facts["false_positive_rate"] == 0.1
+    distances = np.asarray(pq.read_table(out / CALIBRATION)["distance"])
+    assert len(distances) == 55
+    assert (distances > summary["threshold"]).sum() == 4  # rank ceil(56 * 0.9) of 55
+    json.dumps(summary, allow_nan=False)
+
+
+def test_equal_inputs_give_equal_bytes_and_the_seed_counts(stage: Stage) -> None:
+    outs = [stage.run(name, seed=seed, reference_rows=52)[1] for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    contents = [{path.name: path.read_bytes() for path in out.iterdir()} for out in outs]
+    assert contents[0] == contents[1]
+    assert contents[0] != contents[2]
+
+
+def test_the_policies(stage: Stage) -> None:
+    summary, out = stage.run("a", features="ratio", layers="middle", whitening="diagonal", reference_rows=64)
+    assert (summary["layers"], summary["dimensions"], summary["shrinkage"]) == ([0, 1], 2 * HEADS, 0.0)
+    content = json.loads((out / GUARD).read_text())
+    assert content["features"] == ["ratio"]
+    assert content["action"] == "purify"
+
+
+def test_too_few_kept_rows(stage: Stage) -> None:
+    with pytest.raises(StageError, match=r"at least 50 kept rows with pictures .* there are 9"):
+        stage.run("a", kept=range(10))
+    with pytest.raises(StageError, match="no kept row with a picture"):
+        stage.run("b", kept=range(5, 6))
+
+
+def test_the_stage_and_the_server_read_the_same_features() -> None:
+    """What calibration stacks with numpy is what detection stacks with torch."""
+    torch.manual_seed(0)
+    ratio, head_entropy = torch.randn(3, LAYERS, HEADS), torch.rand(3, LAYERS, HEADS)
+    tokens = torch.tensor([64, 128, 576])
+    table = AttentionTable(
+        row=np.arange(3),
+        turn=np.zeros(3, int),
+        question=["q"] * 3,
+        answer=["a"] * 3,
+        image_tokens=tokens.numpy(),
+        entropy=np.zeros((3, LAYERS)),
+        head_entropy=head_entropy.numpy(),
+        image_share=np.zeros((3, LAYERS, HEADS)),
+        ratio=ratio.numpy(),
+    )
+    empty = torch.zeros(3)
+    statistics = {
+        layer: LayerStatistics(
+            entropy=empty,
+            head_entropy=head_entropy[:, layer],
+            image_share=ratio[:, layer],
+            ratio=ratio[:, layer],
+            top_positions=empty,
+            top_weights=empty,
+        )
+        for layer in range(LAYERS)
+    }
+    for layers, features in (((0, 1, 2), FEATURES), ((1,), ("ratio",)), ((0, 2), ("deficit",))):
+        expected = feature_vectors(statistics, tokens, layers, features).numpy()
+        assert reference_vectors(table, layers, features) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.fixture
+def delivered(stage: Stage, tiny_adapter: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A delivery's folder with the adapter and its guard."""
+    _, out = stage.run("guard", false_positive_rate=0.1)
+    adapter = tmp_path / "delivery" / "adapter"
+    shutil.copytree(tiny_adapter, adapter)
+    for name in (GUARD, GUARD_TENSORS):
+        shutil.copy(out / name, adapter / name)
+    return tmp_path / "delivery"
+
+
+def test_a_loaded_guard_gives_the_calibrated_distances(
+    delivered: pathlib.Path, tiny_base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """On the reference rows themselves about the target share is flagged, and a guarded answer is the model's own elsewhere."""
+    guarded, processor = load_guarded(delivered, tiny_base, dtype="float32", device="cpu")
+    examples = [example for sample in samples() for example in examples_of(sample)]
+    outputs = answer(guarded, processor, examples, max_new_tokens=3)
+    records = guarded.records
+    assert [record.ran for record in records] == [row not in TEXT_ONLY for row in range(ROWS)]
+    flagged = [record.flagged for record in records]
+    assert 0 <= sum(flagged) <= 12
+    guarded.detach()
+    plain = answer(guarded.model, processor, examples, max_new_tokens=3)
+    assert [a for a, flag in zip(outputs, flagged, strict=True) if not flag] == [
+        b for b, flag in zip(plain, flagged, strict=True) if not flag
+    ]
+    strange = np.asarray([record.distance for record in records if record.ran])
+    held = np.asarray(pq.read_table(tmp_path / "guard" / CALIBRATION)["distance"])
+    assert np.median(strange) < np.median(held), "a row is nearer to a reference that holds it"
+
+
+def test_where_an_adapter_lies(delivered: pathlib.Path, tiny_base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert adapter_folder(delivered) == delivered / "adapter"
+    assert adapter_folder(delivered / "adapter") == delivered / "adapter"
+    with pytest.raises(ModelError, match="neither a delivery nor an adapter"):
+        adapter_folder(tmp_path)
+    guarded, _ = load_guarded(delivered / "adapter", str(tiny_base), dtype="float32", device="cpu")
+    assert guarded.action == "purify"
+    guarded.detach()
+
+
+def test_the_stored_action_counts(delivered: pathlib.Path, tiny_base: pathlib.Path) -> None:
+    path = delivered / "adapter" / GUARD
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "action": "refuse", "threshold": 1e-6}))
+    guarded, processor = load_guarded(delivered, tiny_base, dtype="float32", device="cpu")
+    with pytest.raises(RefusedInputError, match="1 of 1"):
+        answer(guarded, processor, examples_of(samples()[0]), max_new_tokens=2)
+
+
+def test_a_guard_of_other_weights_is_refused(delivered: pathlib.Path, tiny_base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    with (tmp_path / "base" / "chat_template.jinja").open("a") as file:
+        file.write("{# other #}")
+    with pytest.raises(ModelError, match="was calibrated on base"):
+        load_guarded(delivered, tmp_path / "base")
+    weights = delivered / "adapter" / "adapter_model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    with pytest.raises(ModelError, match="was calibrated on adapter"):
+        load_guarded(delivered, tiny_base)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors: can't be read"):
+        load_guarded(delivered, tiny_base)
+    (delivered / "adapter" / GUARD).unlink()
+    with pytest.raises(ModelError):
+        load_guarded(delivered, tiny_base)
