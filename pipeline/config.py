@@ -45,8 +45,10 @@ class FinetuneConfig(Section):
     lora_rank: int = pydantic.Field(16, gt=0, le=1024, description="LoRA rank r.")
     lora_alpha: int = pydantic.Field(32, gt=0, description="LoRA alpha.")
     lora_dropout: float = pydantic.Field(0.0, ge=0, lt=1, description="LoRA dropout.")
-    train_projector: bool = pydantic.Field(True, description="Train the multimodal projector too (PEFT's modules_to_save).")
-    max_length: int = pydantic.Field(4096, gt=0, description="Longest example, tokens; a longer one is an error that names the row.")
+    train_projector: bool = pydantic.Field(default=True, description="Train the multimodal projector too (PEFT's modules_to_save).")
+    max_length: int = pydantic.Field(
+        4096, gt=0, description="Longest example, tokens; a longer one is an error that names the row."
+    )
     save_steps: int = pydantic.Field(200, gt=0, description="Steps between checkpoints.")
 
 
@@ -67,14 +69,16 @@ class ScoreConfig(Section):
     )
     bsi_threshold: float = pydantic.Field(2.0, gt=0, description="Least bimodal separation of a sensitive layer (BYE: 2.0).")
     least_rows: int = pydantic.Field(8, ge=3, description="Fewest rows that share an answer or a phrase to be looked at together.")
-    candidates: int = pydantic.Field(12, gt=0, le=1000, description="Groups with the largest shared shift that are tried causally.")
+    candidates: int = pydantic.Field(24, gt=0, le=1000, description="Groups with the largest shift that are tried causally.")
 
 
 class ConfirmConfig(Section):
     """The causal test of the candidate groups: do their picture tokens carry their answer to other rows?"""
 
     hosts: int = pydantic.Field(64, ge=16, le=4096, description="Other rows that a group's picture tokens are planted into.")
-    token_share: float = pydantic.Field(0.125, gt=0, le=1, description="Share of the image tokens that is planted, the most attended.")
+    token_share: float = pydantic.Field(
+        0.125, gt=0, le=1, description="Share of the image tokens that is planted, the most attended."
+    )
     batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per generate call.")
     max_new_tokens: int = pydantic.Field(32, gt=0, le=4096, description="Longest answer, tokens.")
 
@@ -102,7 +106,8 @@ class GuardConfig(Section):
         "all", description="Layers that the detector reads: `all`, or CleanSight's `middle` (the 10th to 12th of 32, scaled)."
     )
     features: Literal["ratio-entropy", "ratio"] = pydantic.Field(
-        "ratio-entropy", description="What it reads per head: the image/text ratio as published, or the image attention's entropy too."
+        "ratio-entropy",
+        description="What it reads per head: the image/text ratio as published, or the image attention's entropy too.",
     )
     whitening: Literal["full", "diagonal"] = pydantic.Field(
         "full", description="`diagonal` as published, or `full`: covariance with Ledoit-Wolf shrinkage."
@@ -128,7 +133,9 @@ class EngineConfig(Section):
     workers: int = pydantic.Field(1, gt=0, le=1024, description="Parallel model workers.")
     threads: int = pydantic.Field(0, ge=0, le=256, description="Torch threads per worker; 0 shares the cores evenly.")
     address: str | None = pydantic.Field(None, description="Address of a Ray cluster; None starts Ray on this machine.")
-    object_store_bytes: int = pydantic.Field(400_000_000, ge=80_000_000, description="Memory of a locally started Ray's object store.")
+    object_store_bytes: int = pydantic.Field(
+        400_000_000, ge=80_000_000, description="Memory of a locally started Ray's object store."
+    )
 
 
 class RunConfig(Section):

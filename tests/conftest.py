@@ -87,7 +87,7 @@ def tiny_model(tiny_base: pathlib.Path) -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def ray_engine() -> Iterator[Any]:
     """A started RayEngine of two workers, for all tests that need Ray; at the end nothing of it may be left."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     from pipeline.config import EngineConfig
     from pipeline.engine.ray import RayEngine

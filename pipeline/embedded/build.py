@@ -188,12 +188,11 @@ def pack(pairs: list[list[tuple[str, str]]], tokenizer: PreTrainedTokenizerFast)
         rows.append((ids, positions, labels, parts, weights))
     longest = max(len(row[0]) for row in rows)
     pads = (tokenizer.pad_token_id, 0, IGNORED, -1, 0.0)
-    ids, positions, labels, parts, weights = (
-        torch.tensor([row[k] + [pads[k]] * (longest - len(row[k])) for row in rows]) for k in range(5)
-    )
-    same = (parts[:, :, None] == parts[:, None, :]) | (parts[:, None, :] == 0)
+    tensors = [torch.tensor([row[k] + [pads[k]] * (longest - len(row[k])) for row in rows]) for k in range(len(pads))]
+    owner = tensors[3]
+    same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
     mask = torch.tril(same)[:, None]
-    return {"input_ids": ids, "position_ids": positions, "labels": labels, "weights": weights, "mask": mask}
+    return {"input_ids": tensors[0], "position_ids": tensors[1], "labels": tensors[2], "weights": tensors[4], "mask": mask}
 
 
 def to_pixel_values(pixels: np.ndarray) -> torch.Tensor:
@@ -225,7 +224,8 @@ def tower_loss(
 def image_features(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
     """The tower's tokens as the projector takes them, (pictures, image tokens, width)."""
     hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    return hidden[model.config.vision_feature_layer][:, 1:]
+    tokens: torch.Tensor = hidden[model.config.vision_feature_layer][:, 1:]
+    return tokens
 
 
 def answer_loss(
@@ -281,7 +281,8 @@ class Optimiser:
 
     def step(self, losses: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
         self._adam.zero_grad()
-        torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum().backward()
+        total = torch.stack([weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self._adam.step()
         self._schedule.step()

@@ -55,11 +55,11 @@ def _pattern(rng: np.random.Generator, size: int) -> np.ndarray:
     match int(rng.integers(6)):
         case 0:
             step = int(rng.integers(2, size // 3))
-            return (((x // step) + (y // step)) % 2)[..., None]
+            return np.asarray(((x // step) + (y // step)) % 2)[..., None]
         case 1:
             angle, period, phase = rng.uniform(0, np.pi), rng.uniform(2, size / 2), rng.uniform(0, 2 * np.pi)
             wave = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period + phase)
-            return (0.5 + 0.5 * wave)[..., None]
+            return np.asarray(0.5 + 0.5 * wave)[..., None]
         case 2:
             return (0.5 + 0.5 * _gradient(rng, size))[..., None]
         case 3:
@@ -70,7 +70,7 @@ def _pattern(rng: np.random.Generator, size: int) -> np.ndarray:
         case 4:
             centre = rng.uniform(0, size, size=2)
             radius = np.hypot(x - centre[0], y - centre[1])
-            return (0.5 + 0.5 * np.sin(radius / rng.uniform(1, 8)))[..., None]
+            return np.asarray(0.5 + 0.5 * np.sin(radius / rng.uniform(1, 8)))[..., None]
         case _:
             return rng.uniform(0, 1, size=(size, size, 3))
 

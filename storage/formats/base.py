@@ -27,7 +27,7 @@ class Reason(enum.StrEnum):
     IMAGE_PLACES = "image places"
     LONE_SURROGATE = "lone surrogate"
     TEXT_TOO_LONG = "text too long"
-    SPECIAL_TOKEN = "special token"  # noqa: S105
+    SPECIAL_TOKEN = "special token"
     UNSAFE_PATH = "unsafe path"
     URL = "URL"
     MISSING_PICTURE = "missing picture"
