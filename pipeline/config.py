@@ -69,7 +69,7 @@ class ScoreConfig(Section):
     )
     bsi_threshold: float = pydantic.Field(2.0, gt=0, description="Least bimodal separation of a sensitive layer (BYE: 2.0).")
     least_rows: int = pydantic.Field(8, ge=3, description="Fewest rows that share an answer or a phrase to be looked at together.")
-    candidates: int = pydantic.Field(24, gt=0, le=1000, description="Groups with the largest shift that are tried causally.")
+    candidates: int = pydantic.Field(64, gt=0, le=1000, description="Groups with the largest shift that are tried causally.")
 
 
 class ConfirmConfig(Section):
