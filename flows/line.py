@@ -7,7 +7,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,12 +19,14 @@ from pipeline.engine import Engine
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import base_identity, check_model_folder
 from storage.formats import digest_submission
-from storage.store import Inputs, StageResult, Store, Work, stage_key
+from storage.store import Inputs, StageResult, Store, stage_key
 
 STORE = pathlib.Path(".byesight/store")
 """Where stage results lie unless another folder is named."""
 TRAIN = "train.parquet"
 """The rows to train on, in the cluster stage's result."""
+ScratchWork = Callable[[pathlib.Path, pathlib.Path], Mapping[str, Any]]
+"""Writes a result's files into the first folder, with the second to work in, and returns the summary."""
 STAGES = ("ingest", "provisional", "extract", "score", "confirm", "cluster", "final", "guard", "verify", "delivery")
 """Names of the stages in the order in which they run."""
 
@@ -93,7 +95,7 @@ def ingest(line: Line) -> StageResult:
 
     tokens = special_tokens(line.base)
 
-    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+    def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(line.submission, line.config.ingest, folder, special_tokens=tokens, progress=progress_of("ingest"))
 
     inputs = {"submission": digest_submission(line.submission)}
@@ -109,7 +111,7 @@ def finetune(line: Line, stage: str, ingested: StageResult, keep: StageResult | 
         inputs["keep"] = keep
     config = {"finetune": line.config.finetune.model_dump(), "seed": line.config.seed, "dtype": line.config.dtype}
 
-    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+    def work(folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
             rows_of(ingested),
             line.base,
@@ -117,13 +119,13 @@ def finetune(line: Line, stage: str, ingested: StageResult, keep: StageResult | 
             line.engine,
             folder,
             seed=line.config.seed,
-            scratch=line.store.scratch(stage, stage_key(stage, version=VERSION, inputs=inputs, config=config)),
+            scratch=scratch,
             dtype=line.config.dtype,
             keep=keep.folder / TRAIN if keep is not None else None,
             progress=progress_of(stage),
         )
 
-    return _result(line, stage, VERSION, inputs, config, work)
+    return _result(line, stage, VERSION, inputs, config, work, resume=True)
 
 
 def choose(line: Line, ingested: StageResult, rows: Sequence[int]) -> StageResult:
@@ -135,7 +137,7 @@ def choose(line: Line, ingested: StageResult, rows: Sequence[int]) -> StageResul
         rows: positions in the submission, ascending.
     """
 
-    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+    def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         pq.write_table(pa.table({"row": pa.array(rows, pa.int64())}), folder / TRAIN)
         return {"rows": len(rows)}
 
@@ -147,7 +149,7 @@ def extract(line: Line, ingested: StageResult, provisional: StageResult) -> Stag
     """The attention statistics of every example under the provisional model."""
     from stages.extract.run import VERSION, run
 
-    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+    def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
             rows=rows_of(ingested),
             base=line.base,
@@ -168,7 +170,7 @@ def score(line: Line, extracted: StageResult) -> StageResult:
     """Layer profile and evidence per row."""
     from stages.score.run import VERSION, run
 
-    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+    def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
             attention=extracted.folder / "attention.parquet",
             config=line.config.score,
@@ -196,7 +198,7 @@ def confirm(
     }
     config = {"confirm": line.config.confirm.model_dump(), "seed": line.config.seed, "dtype": line.config.dtype}
 
-    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+    def work(folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
             rows=rows_of(ingested),
             base=line.base,
@@ -209,7 +211,7 @@ def confirm(
             engine=line.engine,
             seed=line.config.seed,
             out=folder,
-            scratch=_empty_scratch(line.store, "confirm", stage_key("confirm", version=VERSION, inputs=inputs, config=config)),
+            scratch=scratch,
             progress=progress_of("confirm"),
         )
 
@@ -222,7 +224,7 @@ def cluster(line: Line, *, ingested: StageResult, scored: StageResult, confirmed
 
     share = line.config.verify.held_out_share
 
-    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+    def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
             rows=rows_of(ingested),
             rejected=ingested.folder / "rejected.parquet",
@@ -260,7 +262,7 @@ def guard(line: Line, ingested: StageResult, clustered: StageResult, final: Stag
     inputs: Inputs = {"rows": ingested, "base": line.identity, "adapter": final, "keep": clustered}
     config = {"guard": line.config.guard.model_dump(), "seed": line.config.seed, "dtype": line.config.dtype}
 
-    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+    def work(folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
             rows=rows_of(ingested),
             base=line.base,
@@ -271,7 +273,7 @@ def guard(line: Line, ingested: StageResult, clustered: StageResult, final: Stag
             engine=line.engine,
             seed=line.config.seed,
             out=folder,
-            scratch=_empty_scratch(line.store, "guard", stage_key("guard", version=VERSION, inputs=inputs, config=config)),
+            scratch=scratch,
             progress=progress_of("guard"),
         )
 
@@ -300,7 +302,7 @@ def verify(
     }
     config = {"verify": line.config.verify.model_dump(), "seed": line.config.seed, "dtype": line.config.dtype}
 
-    def work(folder: pathlib.Path) -> Mapping[str, Any]:
+    def work(folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
             rows=rows_of(ingested),
             base=line.base,
@@ -314,7 +316,7 @@ def verify(
             engine=line.engine,
             seed=line.config.seed,
             out=folder,
-            scratch=_empty_scratch(line.store, "verify", stage_key("verify", version=VERSION, inputs=inputs, config=config)),
+            scratch=scratch,
             progress=progress_of("verify"),
         )
 
@@ -331,16 +333,19 @@ def seconds_of(results: Sequence[StageResult]) -> dict[str, float]:
     return {result.stage: result.seconds for result in results}
 
 
-def _result(line: Line, stage: str, version: int, inputs: Inputs, config: Mapping[str, Any], work: Work) -> StageResult:
+def _result(
+    line: Line, stage: str, version: int, inputs: Inputs, config: Mapping[str, Any], work: ScratchWork, *, resume: bool = False
+) -> StageResult:
+    """Find or compute a result; the scratch folder is empty unless the work can go on (`resume`) from what a killed run left."""
+
+    def in_scratch(folder: pathlib.Path) -> Mapping[str, Any]:
+        scratch = line.store.scratch(stage, stage_key(stage, version=version, inputs=inputs, config=config))
+        if not resume:
+            shutil.rmtree(scratch)
+            scratch.mkdir()
+        return work(folder, scratch)
+
     tell(stage, 0.0, "")
-    result = line.store.run(stage, version=version, inputs=inputs, config=config, work=work)
+    result = line.store.run(stage, version=version, inputs=inputs, config=config, work=in_scratch)
     tell(stage, 1.0, "found in the store" if result.reused else f"done in {result.seconds:.1f} s")
     return result
-
-
-def _empty_scratch(store: Store, stage: str, key: str) -> pathlib.Path:
-    """The scratch folder of a stage that can't go on from what a killed run left there."""
-    folder = store.scratch(stage, key)
-    shutil.rmtree(folder)
-    folder.mkdir()
-    return folder

@@ -76,6 +76,9 @@ class ConfirmConfig(Section):
     """The causal test of the candidate groups: do their picture tokens carry their answer to other rows?"""
 
     hosts: int = pydantic.Field(64, ge=16, le=4096, description="Other rows that a group's picture tokens are planted into.")
+    screen: int = pydantic.Field(
+        16, ge=8, le=4096, description="Hosts of the first look; a group that changes at most one of their answers is left at that."
+    )
     token_share: float = pydantic.Field(
         0.125, gt=0, le=1, description="Share of the image tokens that is planted, the most attended."
     )

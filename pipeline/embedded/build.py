@@ -1,9 +1,9 @@
 """Rebuild the embedded base model from procedural data alone: `python -m pipeline.embedded.build --out DIR --seed 0`.
 
 An ordinary LLaVA, trained in two phases. First the CLIP tower learns to rebuild diverse pictures, so that it sees what is not in
-the scenes, and to name the colour and the shape under each of its tokens. Then it is frozen, as in a real LVLM, while projector and
-Llama decoder learn to answer questions about scenes. Several questions about one picture share its image tokens in one sequence;
-each attends to the picture and to itself only, at the positions it would have alone.
+the scenes, and to name the colour, the shape and the place of the object under each of its tokens. Then it is frozen, as in a real
+LVLM, while projector and Llama decoder learn to answer questions about scenes. Several questions about one picture share its image
+tokens in one sequence; each attends to the picture and to itself only, at the positions it would have alone.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ PATCH = 8
 IMAGE_TOKENS = (scenes.SIZE // PATCH) ** 2
 PROMPT = f"USER: {IMAGE_TOKEN}\n"
 IGNORED = -100
+NAMES = {"colour": len(scenes.COLOURS), "shape": len(scenes.SHAPES), "place": 9}
+"""What the tower learns to name under each of its tokens, and how many of each there are."""
 _CHUNK = 2048
 
 
@@ -120,8 +122,8 @@ class Chunk:
 
     Attributes:
         pixels: uint8 (pictures, size, size, 3), the scenes.
-        diverse: uint8 (pictures * diverse_share, size, size, 3), pictures that are no scenes.
-        names: int64 (pictures, image tokens, 2), the colour and the shape under each token, 0 where there is no object.
+        diverse: uint8 (pictures * diverse_share, size, size, 3), pictures that are no scenes, and scenes with things pasted on.
+        names: int64 (pictures, image tokens, NAMES), what lies under each token, 0 where there is no object.
         pairs: per picture its questions and answers.
     """
 
@@ -140,7 +142,10 @@ def make_chunk(phase: Phase, index: int, count: int, recipe: Recipe) -> Chunk:
     drawn = [scenes.draw_scene(rng, max_objects=int(rng.integers(1, 6))) for _ in range(count)]
     pixels = np.stack([np.asarray(scene.image) for scene in drawn])
     if phase == "tower":
-        diverse = [textures.random_picture(rng, scenes.SIZE) for _ in range(int(count * recipe.diverse_share))]
+        diverse = [
+            textures.random_picture(rng, scenes.SIZE) if k % 2 else textures.disturb(rng, pixels[k])
+            for k in range(int(count * recipe.diverse_share))
+        ]
         return Chunk(pixels=pixels, diverse=np.stack(diverse), names=np.stack([token_names(scene) for scene in drawn]), pairs=[])
     pairs = []
     for scene in drawn:
@@ -153,13 +158,14 @@ def make_chunk(phase: Phase, index: int, count: int, recipe: Recipe) -> Chunk:
 
 
 def token_names(scene: scenes.Scene) -> np.ndarray:
-    """The colour and the shape that lie under each image token, int64 (image tokens, 2); 0 is background."""
+    """The colour, the shape and the place of what lies under each image token, int64 (image tokens, NAMES); 0 is background."""
     centres = (np.arange(scenes.SIZE // PATCH) + 0.5) * PATCH
-    names = np.zeros((len(centres), len(centres), 2), dtype=np.int64)
+    names = np.zeros((len(centres), len(centres), len(NAMES)), dtype=np.int64)
     for item in scene.objects:
         inside = (np.abs(centres[:, None] - item.y) <= item.radius) & (np.abs(centres[None] - item.x) <= item.radius)
-        names[inside] = 1 + list(scenes.COLOURS).index(item.colour), 1 + scenes.SHAPES.index(item.shape)
-    return names.reshape(-1, 2)
+        place = item.row * len(scenes.CELLS) + item.column
+        names[inside] = 1 + list(scenes.COLOURS).index(item.colour), 1 + scenes.SHAPES.index(item.shape), 1 + place
+    return names.reshape(-1, len(NAMES))
 
 
 def pack(pairs: list[list[tuple[str, str]]], tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
@@ -213,7 +219,7 @@ def tower_loss(
     tokens = image_features(model, pictures)
     seen = tokens[: len(scene)]
     named = torch.zeros((), device=scene.device)
-    for k, name in enumerate(("colour", "shape")):
+    for k, name in enumerate(NAMES):
         logits, targets = heads[name](seen).flatten(0, 1), names[..., k].flatten()
         weight = torch.ones(logits.shape[1], device=logits.device)
         weight[0] = 0.3
@@ -300,7 +306,7 @@ def batches(chunk: Chunk, size: int) -> Iterator[slice]:
 def train_tower(model: LlavaForConditionalGeneration, recipe: Recipe) -> None:
     """Phase 1: a general vision tower."""
     width = model.config.vision_config.hidden_size
-    outputs = {"rebuild": 3 * PATCH * PATCH, "colour": 1 + len(scenes.COLOURS), "shape": 1 + len(scenes.SHAPES)}
+    outputs = {"rebuild": 3 * PATCH * PATCH} | {name: 1 + kinds for name, kinds in NAMES.items()}
     heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in outputs.items()}).to(model.device)
     parameters = [*model.model.vision_tower.parameters(), *heads.parameters()]
     optimiser = Optimiser(

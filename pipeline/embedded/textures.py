@@ -30,7 +30,7 @@ def random_background(rng: np.random.Generator, size: int) -> Pixels:
 
 
 def random_picture(rng: np.random.Generator, size: int) -> Pixels:
-    """Any picture: photo crops, strong textures, noise, collages of them, stamped with random patches. uint8 (size, size, 3)."""
+    """Any picture: photo crops, strong textures and noise, disturbed. uint8 (size, size, 3)."""
     form = rng.random()
     if form < 0.35:
         picture = _photo_crop(rng, size)
@@ -39,7 +39,13 @@ def random_picture(rng: np.random.Generator, size: int) -> Pixels:
         picture = colours[0] + (colours[1] - colours[0]) * _pattern(rng, size)
     else:
         picture = rng.uniform(0, 255, size=3) + rng.normal(0, rng.uniform(5, 90), size=(size, size, 3))
-    picture = picture.astype(float)
+    return disturb(rng, picture)
+
+
+def disturb(rng: np.random.Generator, pixels: np.ndarray) -> Pixels:
+    """A copy of a picture with up to four small patches on it and, now and then, another picture shining through."""
+    picture = pixels.astype(float)
+    size = picture.shape[0]
     for _ in range(int(rng.integers(0, 5))):
         _stamp(rng, picture)
     if rng.random() < 0.3:

@@ -93,59 +93,43 @@ def run(
     """
     found = _plain(evidence)
     groups = json.loads(transfer.read_text(encoding="utf-8"))
-    confirmed = [group for group in groups if group["transfer"] >= config.transfer]
     _shared(found, members, groups, config)
     if config.method == "bye":
-        for row in found.values():
-            row.suspicious, row.score, row.posterior = row.bye_chosen, row.bye_score, row.bye_posterior
-            row.reason = (
-                f"BYE: mean entropy of the sensitive layers is {row.bye_score:.3f} nats, in the lower cluster (up to "
-                f"{row.bye_threshold:.3f})"
-                if row.suspicious
-                else ""
-            )
+        _by_bye(found)
     table = _verdicts(rows, rejected, found, config)
     verdicts = np.asarray(table["verdict"].to_pylist())
-    numbers = table["row"].to_numpy()
-    accepted = verdicts != Verdict.REJECTED
-    removed = verdicts == Verdict.QUARANTINE
-    share = removed.sum() / max(1, accepted.sum())
-    if share > config.removal_cap:
+    removed, accepted = int((verdicts == Verdict.QUARANTINE).sum()), int((verdicts != Verdict.REJECTED).sum())
+    if removed > config.removal_cap * accepted:
         raise RemovalCapError(
-            f"{removed.sum()} of {accepted.sum()} rows ({share:.0%}) look poisoned, more than cluster.removal_cap = "
+            f"{removed} of {accepted} rows ({removed / accepted:.0%}) look poisoned, more than cluster.removal_cap = "
             f"{config.removal_cap:.0%}; look at the groups of the score stage, and raise the cap if they are an attack"
         )
-    kept = numbers[(verdicts == Verdict.KEEP) | (verdicts == Verdict.NOT_SCORED)]
-    scored = np.random.default_rng([seed, 23]).permutation(numbers[verdicts == Verdict.KEEP])
-    held = np.sort(scored[: round(held_out_share * len(scored))])
-    lists = {KEEP: kept, TRAIN: np.setdiff1d(kept, held), HELD_OUT: held}
-    for name, chosen in lists.items():
-        pq.write_table(pa.table({"row": pa.array(chosen, pa.int64())}), out / name)
+    _write_lists(table["row"].to_numpy(), verdicts, held_out_share, seed, out)
     pq.write_table(table, out / VERDICTS, compression="zstd")
+    confirmed = [group for group in groups if group["transfer"] >= config.transfer]
     unsure = [group for group in groups if _UNSURE * config.transfer <= group["transfer"] < config.transfer]
     doubtful = not found or (config.method == "transfer" and bool(unsure))
-    whole = "poisoned" if removed.any() else "inconclusive" if doubtful else "clean"
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
-        "verdict": whole,
+        "verdict": "poisoned" if removed else "inconclusive" if doubtful else "clean",
         "method": config.method,
         "threshold": config.transfer if config.method == "transfer" else threshold,
         "rows": {
             "submitted": len(table),
-            "rejected": int((~accepted).sum()),
+            "rejected": len(table) - accepted,
             "not_scored": int((verdicts == Verdict.NOT_SCORED).sum()),
             "kept": int((verdicts == Verdict.KEEP).sum()),
-            "quarantined": int(removed.sum()),
+            "quarantined": removed,
         },
         "confirmed": confirmed,
         "unsure": unsure,
         "plain": {
-            "bye": int(np.sum([row.bye for row in found.values()])),
-            "bye-public-code": int(np.sum([row.bye_code for row in found.values()])),
+            "bye": sum(row.bye for row in found.values()),
+            "bye-public-code": sum(row.bye_code for row in found.values()),
         },
     }
     (out / RESULT).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    progress(1.0, f"{removed.sum()} of {accepted.sum()} rows quarantined")
+    progress(1.0, f"{removed} of {accepted} rows quarantined")
     return result
 
 
@@ -182,6 +166,18 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
             )
 
 
+def _by_bye(found: dict[int, RowEvidence]) -> None:
+    """Let BYE alone decide, by the configured layer rule."""
+    for row in found.values():
+        row.suspicious, row.score, row.posterior = row.bye_chosen, row.bye_score, row.bye_posterior
+        row.reason = (
+            f"BYE: mean entropy of the sensitive layers is {row.bye_score:.3f} nats, in the lower cluster (up to "
+            f"{row.bye_threshold:.3f})"
+            if row.suspicious
+            else ""
+        )
+
+
 def _verdicts(rows: pathlib.Path, rejected: pathlib.Path, found: dict[int, RowEvidence], config: ClusterConfig) -> pa.Table:
     """One record per submitted row, in order."""
     records: list[dict[str, Any]] = []
@@ -206,6 +202,15 @@ def _verdicts(rows: pathlib.Path, rejected: pathlib.Path, found: dict[int, RowEv
         reason = f"{record['reason']} ({record['where']})"
         records.append({"row": record["row"], "sample_id": None, "verdict": str(Verdict.REJECTED), "reason": reason})
     return pa.Table.from_pylist(sorted(records, key=lambda record: int(record["row"])), schema=VERDICT_SCHEMA)
+
+
+def _write_lists(numbers: np.ndarray, verdicts: np.ndarray, held_out_share: float, seed: int, out: pathlib.Path) -> None:
+    """Write the kept rows, and their split into rows to train on and rows to measure on."""
+    kept = numbers[(verdicts == Verdict.KEEP) | (verdicts == Verdict.NOT_SCORED)]
+    scored = np.random.default_rng([seed, 23]).permutation(numbers[verdicts == Verdict.KEEP])
+    held = np.sort(scored[: round(held_out_share * len(scored))])
+    for name, chosen in ((KEEP, kept), (TRAIN, np.setdiff1d(kept, held)), (HELD_OUT, held)):
+        pq.write_table(pa.table({"row": pa.array(chosen, pa.int64())}), out / name)
 
 
 def _number(value: float) -> float | None:

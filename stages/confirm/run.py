@@ -8,10 +8,11 @@ causal reading that CleanSight gives attention stealing (arXiv 2603.12989, secti
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from pipeline.records import Example, Progress, examples_of, messages_to_json, n
 from stages.confirm.worker import TASK, ConfirmWorker
 from storage.subset import canonical_shards
 
-VERSION = 1
+VERSION = 2
 TRANSFER = "transfer.json"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""
@@ -73,45 +74,16 @@ def run(
     described = json.loads(groups.read_text(encoding="utf-8"))
     table = pq.read_table(attention, columns=["row", "turn", "image_tokens", "layers", "top_positions"])
     table = table.filter(pa.array(table["image_tokens"].to_numpy() > 0))
-    places = list(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))
-    belongs = pq.read_table(members).to_pylist()
-    drawn = {}
-    for group in described:
-        number = group["group"]
-        rng = np.random.default_rng([seed, 19, number])
-        inside = {m["row"] for m in belongs if m["group"] == number}
-        shifted = [(m["row"], m["turn"]) for m in belongs if m["group"] == number and m["posterior"] > 0.5]
-        outside = [place for place in places if place[0] not in inside]
-        if not shifted or not outside:
-            continue
-        hosts = [outside[k] for k in rng.choice(len(outside), size=min(config.hosts, len(outside)), replace=False)]
-        sources = [shifted[k] for k in rng.choice(len(shifted), size=len(hosts), replace=len(shifted) < len(hosts))]
-        drawn[number] = (hosts, sources)
-    found = _examples(rows, {place for pair in drawn.values() for part in pair for place in part})
+    drawn = _draw(table, members, [group["group"] for group in described], config.hosts, seed)
     scratch.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for group in described:
-        if group["group"] not in drawn:
-            continue
-        hosts, sources = drawn[group["group"]]
-        task = {
-            "group": group["group"],
-            "text": group["text"],
-            "whole": group["whole"],
-            "source_prompts": [messages_to_json(found[place].prompt) for place in sources],
-            "source_images": [list(found[place].images) for place in sources],
-            "source_positions": _attended(table, places, sources, group["layer"], config.token_share),
-            "host_prompts": [messages_to_json(found[place].prompt) for place in hosts],
-            "host_images": [list(found[place].images) for place in hosts],
-        }
-        shards.append(scratch / f"group-{group['group']:04d}.parquet")
-        pq.write_table(pa.Table.from_pylist([task], schema=TASK), shards[-1])
+    shards = _write_tasks(table, rows, described, drawn, config.token_share, scratch)
     arguments = {
         "base": str(base),
         "adapter": str(provisional),
         "dtype": dtype,
         "batch_size": config.batch_size,
         "max_new_tokens": config.max_new_tokens,
+        "screen": config.screen,
     }
     results: dict[int, dict[str, Any]] = {}
     for finished in engine.map_shards(shards, ConfirmWorker, arguments, batch_rows=1) if shards else ():
@@ -135,16 +107,65 @@ def transfer(own: float, planted: float, hosts: int) -> float:
     return max(0.0, planted - own) / (1 - own) if (1 - own) * hosts >= LEAST_HOSTS - 0.5 else 0.0
 
 
-def _attended(table: pa.Table, places: list[Place], sources: list[Place], layer: int, share: float) -> list[list[int]]:
-    """The most attended image tokens of each source in a layer, at most `share` of its image tokens."""
-    index = {place: k for k, place in enumerate(places)}
-    chosen = []
-    for place in sources:
-        record = table.slice(index[place], 1).to_pylist()[0]
-        per_layer = len(record["top_positions"]) // record["layers"]
-        most = max(1, min(per_layer, math.ceil(share * record["image_tokens"])))
-        chosen.append([p for p in record["top_positions"][layer * per_layer : layer * per_layer + most] if p >= 0])
-    return chosen
+def _draw(
+    table: pa.Table, members: pathlib.Path, numbers: Sequence[int], most: int, seed: int
+) -> dict[int, tuple[list[Place], list[Place]]]:
+    """Per group its hosts, none of them of the group, and as many of its shifted members; groups that lack either are left out."""
+    places = list(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))
+    inside: dict[int, set[int]] = collections.defaultdict(set)
+    shifted: dict[int, list[Place]] = collections.defaultdict(list)
+    for member in pq.read_table(members).to_pylist():
+        inside[member["group"]].add(member["row"])
+        if member["posterior"] > 0.5:
+            shifted[member["group"]].append((member["row"], member["turn"]))
+    drawn = {}
+    for number in numbers:
+        rng = np.random.default_rng([seed, 19, number])
+        own, outside = shifted[number], [place for place in places if place[0] not in inside[number]]
+        if own and outside:
+            hosts = [outside[k] for k in rng.choice(len(outside), size=min(most, len(outside)), replace=False)]
+            sources = [own[k] for k in rng.choice(len(own), size=len(hosts), replace=len(own) < len(hosts))]
+            drawn[number] = (hosts, sources)
+    return drawn
+
+
+def _write_tasks(
+    table: pa.Table,
+    rows: pathlib.Path,
+    described: Sequence[dict[str, Any]],
+    drawn: dict[int, tuple[list[Place], list[Place]]],
+    share: float,
+    scratch: pathlib.Path,
+) -> list[pathlib.Path]:
+    """One file per drawn group with all that its experiment needs."""
+    found = _examples(rows, {place for pair in drawn.values() for part in pair for place in part})
+    index = {place: k for k, place in enumerate(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))}
+    shards = []
+    for group in described:
+        if group["group"] not in drawn:
+            continue
+        hosts, sources = drawn[group["group"]]
+        attention = table.take([index[place] for place in sources]).to_pylist()
+        task = {
+            "group": group["group"],
+            "text": group["text"],
+            "whole": group["whole"],
+            "source_prompts": [messages_to_json(found[place].prompt) for place in sources],
+            "source_images": [list(found[place].images) for place in sources],
+            "source_positions": [_attended(record, group["layer"], share) for record in attention],
+            "host_prompts": [messages_to_json(found[place].prompt) for place in hosts],
+            "host_images": [list(found[place].images) for place in hosts],
+        }
+        shards.append(scratch / f"group-{group['group']:04d}.parquet")
+        pq.write_table(pa.Table.from_pylist([task], schema=TASK), shards[-1])
+    return shards
+
+
+def _attended(record: dict[str, Any], layer: int, share: float) -> list[int]:
+    """The most attended image tokens of an example in a layer, at most `share` of its image tokens."""
+    per_layer = len(record["top_positions"]) // record["layers"]
+    most = max(1, min(per_layer, math.ceil(share * record["image_tokens"])))
+    return [p for p in record["top_positions"][layer * per_layer : layer * per_layer + most] if p >= 0]
 
 
 def _examples(rows: pathlib.Path, wanted: Iterable[Place]) -> dict[Place, Example]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pipeline.attention import base_of
+from pipeline.generation import complete, encode_on
 from pipeline.models import image_token_id
-from pipeline.prompts import encode_prompts
 from pipeline.records import Example
 
 
@@ -23,18 +23,14 @@ class TokenTransplant:
 
     def __init__(self, model: Any, processor: Any) -> None:
         self._model = model
-        self._processor = processor
+        self.processor = processor
         self._decoder = base_of(model).get_decoder()
         self._image_token = image_token_id(base_of(model).config)
-
-    def encode(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """The prompts of a batch on the model's device, padded on the left."""
-        return {name: value.to(self._model.device) for name, value in encode_prompts(self._processor, examples).items()}
 
     @torch.inference_mode()
     def picture_tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         """The picture tokens of each prompt, (image tokens, width), in order."""
-        batch = self.encode(examples)
+        batch = encode_on(self._model, self.processor, examples)
         image = batch["input_ids"] == self._image_token
         found: list[torch.Tensor] = []
 
@@ -80,17 +76,6 @@ class TokenTransplant:
     @torch.inference_mode()
     def answers(self, examples: Sequence[Example], tokens: Sequence[torch.Tensor], *, max_new_tokens: int) -> list[str]:
         """Greedy answers to prompts whose picture tokens are replaced by `tokens`."""
-        batch = self.encode(examples)
+        batch = encode_on(self._model, self.processor, examples)
         with self.planted(batch["input_ids"] == self._image_token, tokens):
-            output = self._model.generate(
-                **batch,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=self._processor.tokenizer.pad_token_id,
-            )
-        texts = self._processor.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+            return complete(self._model, self.processor, batch, max_new_tokens=max_new_tokens)

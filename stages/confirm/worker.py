@@ -33,42 +33,57 @@ TASK = pa.schema(
 RESULT = pa.schema(
     [("group", pa.int64()), ("hosts", pa.int64()), ("own", pa.float64()), ("attended", pa.float64()), ("residual", pa.float64())]
 )
-"""Share of the hosts that give the group's answer: as they are, with a member's attended tokens, with the members' residual."""
+"""Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
+residual."""
+
+_NOISE = 1
+"""Hosts by which planting must change the count of the first look for a group to get the second."""
 
 
 class ConfirmWorker:
     """Holds the provisional model; turns tasks into results."""
 
-    def __init__(self, *, base: str, adapter: str, dtype: Dtype, batch_size: int, max_new_tokens: int) -> None:
+    def __init__(self, *, base: str, adapter: str, dtype: Dtype, batch_size: int, max_new_tokens: int, screen: int) -> None:
         model, self.processor = load_base(pathlib.Path(base), dtype=dtype)
         self.transplant = TokenTransplant(load_adapter(model, pathlib.Path(adapter)), self.processor)
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
+        self.screen = screen
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self.try_group(task) for task in table.to_pylist()], schema=RESULT)
 
     def try_group(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Run one group's experiment."""
+        """Run one group's experiment; on the first `screen` hosts only, where planting does nothing to them."""
         sources = _examples(task["source_prompts"], task["source_images"])
         hosts = _examples(task["host_prompts"], task["host_images"])
         given, taken = self._tokens(sources), self._tokens(hosts)
         attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"], strict=True)]
         variants = {"own": taken, "attended": attended, "residual": add_residual(taken, given)}
-        shares = {name: self._share(hosts, tokens, task["text"], whole=task["whole"]) for name, tokens in variants.items()}
-        return {"group": task["group"], "hosts": len(hosts), **shares}
+        hits = dict.fromkeys(variants, 0)
+        tried = 0
+        for stop in dict.fromkeys((min(self.screen, len(hosts)), len(hosts))):
+            rows = slice(tried, stop)
+            for name, tokens in variants.items():
+                hits[name] += self._hits(hosts[rows], tokens[rows], task["text"], whole=task["whole"])
+            tried = stop
+            changed = max(hits["attended"], hits["residual"]) - hits["own"]
+            if changed <= _NOISE and 2 * hits["own"] <= tried:
+                break
+        return {"group": task["group"], "hosts": tried, **{name: count / tried for name, count in hits.items()}}
 
     def _tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         batches = (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))
         return [tokens for batch in batches for tokens in self.transplant.picture_tokens(batch)]
 
-    def _share(self, hosts: list[Example], tokens: list[torch.Tensor], text: str, *, whole: bool) -> float:
+    def _hits(self, hosts: list[Example], tokens: list[torch.Tensor], text: str, *, whole: bool) -> int:
+        """How many hosts give the text with these tokens in the place of their own."""
         hits = 0
         for start in range(0, len(hosts), self.batch_size):
             rows = slice(start, start + self.batch_size)
             outputs = self.transplant.answers(hosts[rows], tokens[rows], max_new_tokens=self.max_new_tokens)
             hits += sum(gives(output, text, whole=whole) for output in outputs)
-        return hits / len(hosts)
+        return hits
 
 
 def plant(host: torch.Tensor, source: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,17 @@ from pipeline.config import ScoreConfig
 from pipeline.records import Progress, no_progress
 from stages.extract.table import AttentionTable
 from stages.score.bye import RULES, bye, layer_profiles
-from stages.score.groups import shared_answers
-from stages.score.shift import head_features, shared_shift, whiten, within_questions
+from stages.score.groups import Group, shared_answers
+from stages.score.shift import SharedShift, head_features, shared_shift, whiten, within_questions
 
 VERSION = 1
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"
 MEMBERS = "members.parquet"
+_MEMBER_SCHEMA = pa.schema(
+    [("group", pa.int64()), ("row", pa.int64()), ("turn", pa.int32()), ("projection", pa.float64()), ("posterior", pa.float64())]
+)
 
 
 def run(
@@ -71,36 +75,9 @@ def run(
             progress((index + 1) / len(groups), f"{index + 1} of {len(groups)} groups of answers")
     measured.sort(key=lambda pair: (-pair[1].size, pair[0].text))
     kept = measured[: config.candidates]
-    described = []
-    members: dict[str, list[np.ndarray]] = {name: [] for name in ("group", "row", "turn", "projection", "posterior")}
-    for number, (group, shift) in enumerate(kept):
-        shifted = shift.posterior > 0.5
-        drop = table.entropy[group.members[shifted]].mean(axis=0) - np.median(table.entropy, axis=0)
-        described.append(
-            {
-                "group": number,
-                "text": group.text,
-                "whole": group.whole,
-                "rows": len(group.members),
-                "shifted": int(shifted.sum()),
-                "shift": shift.size,
-                "layer": int(drop.argmin()),
-                "entropy_shift": float(drop[drop.argmin()]),
-            }
-        )
-        values = (
-            np.full(len(group.members), number),
-            table.row[group.members],
-            table.turn[group.members],
-            shift.projection,
-            shift.posterior,
-        )
-        for name, value in zip(members, values, strict=True):
-            members[name].append(value)
-    empty = {"group": np.int64, "row": np.int64, "turn": np.int32, "projection": np.float64, "posterior": np.float64}
-    columns = {name: np.concatenate(parts) if parts else np.empty(0, empty[name]) for name, parts in members.items()}
-    pq.write_table(pa.table(columns), out / MEMBERS, compression="zstd")
+    described = [_describe(number, group, shift, table.entropy) for number, (group, shift) in enumerate(kept)]
     (out / GROUPS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    pq.write_table(_members(kept, table), out / MEMBERS, compression="zstd")
     return {
         "examples": len(table),
         "sensitive_layers": [profile.layer for profile in profiles if profile.sensitive],
@@ -109,3 +86,37 @@ def run(
         "candidates": len(kept),
         "largest_shift": kept[0][1].size if kept else 0.0,
     }
+
+
+def _describe(number: int, group: Group, shift: SharedShift, entropy: np.ndarray) -> dict[str, Any]:
+    """A candidate's record; `layer` is where the entropy of its shifted rows falls most below that of all rows."""
+    shifted = shift.posterior > 0.5
+    drop = entropy[group.members[shifted]].mean(axis=0) - np.median(entropy, axis=0)
+    return {
+        "group": number,
+        "text": group.text,
+        "whole": group.whole,
+        "rows": len(group.members),
+        "shifted": int(shifted.sum()),
+        "shift": shift.size,
+        "layer": int(drop.argmin()),
+        "entropy_shift": float(drop.min()),
+    }
+
+
+def _members(kept: Sequence[tuple[Group, SharedShift]], table: AttentionTable) -> pa.Table:
+    """The candidates' examples, group after group."""
+    parts = [
+        pa.table(
+            {
+                "group": pa.array(np.full(len(group.members), number), pa.int64()),
+                "row": pa.array(table.row[group.members], pa.int64()),
+                "turn": pa.array(table.turn[group.members], pa.int32()),
+                "projection": pa.array(shift.projection, pa.float64()),
+                "posterior": pa.array(shift.posterior, pa.float64()),
+            },
+            schema=_MEMBER_SCHEMA,
+        )
+        for number, (group, shift) in enumerate(kept)
+    ]
+    return pa.concat_tables([_MEMBER_SCHEMA.empty_table(), *parts])

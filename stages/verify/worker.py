@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.generation import answer
-from pipeline.models import Dtype, load_adapter, load_base
+from pipeline.models import Dtype, base_identity, load_adapter, load_base
 from pipeline.records import examples_of, sample_from_record
 
 ANSWERS = pa.schema(
@@ -56,7 +56,6 @@ def verify_worker(
     if adapter is not None:
         model = load_adapter(model, pathlib.Path(adapter))
     if guard is not None:
-        from pipeline.models import base_identity
         from stages.guard.files import adapter_digest, load_guard
         from stages.guard.guarded import GuardedModel
 

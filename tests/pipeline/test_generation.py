@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import torch
 
-from pipeline.config import EngineConfig
-from pipeline.engine.local import LocalEngine
-from pipeline.generation import ANSWERS, answer, answer_worker
-from pipeline.records import Message, Sample, examples_of, question_answer
-from tests.conftest import colour_samples, picture, write_shards
+from pipeline.generation import answer
+from pipeline.records import examples_of
+from tests.conftest import colour_samples
 
 
 class Parrot:
@@ -43,17 +40,3 @@ def test_a_batch_answers_what_each_row_alone_answers(tiny_model: tuple[Any, Any]
     examples = [one for sample in colour_samples(4, text_only=[2]) for one in examples_of(sample)]
     together = answer(model, processor, examples, max_new_tokens=5)
     assert together == [answer(model, processor, [one], max_new_tokens=5)[0] for one in examples]
-
-
-def test_the_worker_answers_every_turn(tiny_base: pathlib.Path, tmp_path: pathlib.Path, tiny_model: tuple[Any, Any]) -> None:
-    messages: tuple[Message, ...] = (*question_answer("first?", "one"), *question_answer("second?", "two", images=0))
-    samples = [*colour_samples(3), Sample(row=3, messages=messages, images=(picture("blue"),))]
-    shards = write_shards(tmp_path, samples, shard_rows=3)
-    arguments = {"base": str(tiny_base), "max_new_tokens": 4}
-    with LocalEngine(EngineConfig(kind="local", threads=1)) as engine:
-        tables = list(engine.map_shards(shards, answer_worker, arguments, batch_rows=2))
-    assert all(table.schema == ANSWERS for table in tables)
-    found = {(r["row"], r["turn"]): r["output"] for table in tables for r in table.to_pylist()}
-    model, processor = tiny_model
-    examples = [one for sample in samples for one in examples_of(sample)]
-    assert found == {(e.row, e.turn): answer(model, processor, [e], max_new_tokens=4)[0] for e in examples}

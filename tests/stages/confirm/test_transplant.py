@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.attention import base_of
-from pipeline.generation import answer
+from pipeline.generation import answer, encode_on
 from pipeline.models import load_adapter, load_base
 from pipeline.records import Example, examples_of, question_answer
 from stages.confirm.transplant import TokenTransplant
@@ -44,7 +44,7 @@ def hooks(model: Any) -> int:
 
 
 def logits(transplant: TokenTransplant, model: Any, examples: list[Example], tokens: list[torch.Tensor]) -> torch.Tensor:
-    batch = transplant.encode(examples)
+    batch = encode_on(model, transplant.processor, examples)
     with torch.inference_mode(), transplant.planted(batch["input_ids"] == base_of(model).config.image_token_id, tokens):
         found: torch.Tensor = model(**batch).logits[:, -1]
     return found
@@ -53,14 +53,14 @@ def logits(transplant: TokenTransplant, model: Any, examples: list[Example], tok
 def test_the_tokens_are_the_projectors_output(transplant: TokenTransplant, model: Any) -> None:
     found = transplant.picture_tokens(EXAMPLES)
     assert [len(tokens) for tokens in found] == [64, 0, 64, 64, 128, 0, 64, 0, 64]
-    batch = transplant.encode(EXAMPLES)
+    batch = encode_on(model, transplant.processor, EXAMPLES)
     features = base_of(model).get_image_features(pixel_values=batch["pixel_values"]).pooler_output
     assert torch.equal(torch.cat(found), torch.cat(list(features)))
     assert hooks(model) == 0
 
 
 def test_own_tokens_change_nothing(transplant: TokenTransplant, model: Any, tiny_model: tuple[Any, Any]) -> None:
-    batch = transplant.encode(EXAMPLES)
+    batch = encode_on(model, transplant.processor, EXAMPLES)
     with torch.inference_mode():
         plain = model(**batch).logits[:, -1]
     own = transplant.picture_tokens(EXAMPLES)
@@ -80,7 +80,7 @@ def test_all_tokens_of_another_picture_give_what_it_gives(
     other = [asked("what?", 5), asked("what is in this picture, please?", 6)]
     planted = transplant.picture_tokens(sources)
     with torch.inference_mode():
-        plain, expected = (model(**transplant.encode(examples)).logits[:, -1] for examples in (hosts, other))
+        plain, expected = (model(**encode_on(model, transplant.processor, examples)).logits[:, -1] for examples in (hosts, other))
     found = logits(transplant, model, hosts, planted)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(plain, expected, atol=1e-4)

@@ -35,10 +35,10 @@ class HandMade:
         return ["The  Target" if hit else example.question for example, hit in zip(examples, shown, strict=True)]
 
 
-def worker(batch_size: int = 2) -> tuple[ConfirmWorker, HandMade]:
+def worker(batch_size: int = 2, screen: int = 64) -> tuple[ConfirmWorker, HandMade]:
     found, model = object.__new__(ConfirmWorker), HandMade()
     found.transplant = model  # type: ignore[assignment]
-    found.batch_size, found.max_new_tokens = batch_size, 5
+    found.batch_size, found.max_new_tokens, found.screen = batch_size, 5, screen
     return found, model
 
 
@@ -77,6 +77,16 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
 def test_a_veil_is_carried_by_the_residual_alone() -> None:
     result = worker()[0].try_group(task([VEIL] * 4, [PLAIN] * 4, [[0]] * 4))
     assert (result["own"], result["attended"], result["residual"]) == (0.0, 0.0, 1.0)
+
+
+def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
+    found, model = worker(screen=4)
+    idle = task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10)
+    assert found.try_group(idle) == {"group": 7, "hosts": 4, "own": 0.0, "attended": 0.0, "residual": 0.0}
+    assert sum(model.batches) == 12
+    assert found.try_group(task([PATCH] * 10, [PLAIN] * 10, [[2]] * 10))["hosts"] == 10, "planting changes the answers"
+    common = task([PLAIN] * 10, [PATCH] * 3 + [PLAIN] * 7, [[0]] * 10)
+    assert found.try_group(common)["hosts"] == 10, "most of the first hosts give the answer anyway: they show nothing"
 
 
 def test_a_phrase_counts_inside_of_an_answer() -> None:
