@@ -119,7 +119,8 @@ class ParquetSubmission:
             images[0] = change[0]
         value = _value(record, self.layout.columns)
         alike = [encoded_alike(image, self.config) for image in images]
-        new = {self.layout.image: _with_pictures(value[self.layout.image], alike, row)}
+        kind = record.schema.field(self.layout.image).type
+        new = {self.layout.image: _with_pictures(value[self.layout.image], alike, row, named=_has_names(kind))}
         if change is not None:
             new |= _with_answer(value, self.layout, change[1])
         for column, item in new.items():
@@ -205,14 +206,20 @@ def _pictures(value: object) -> list[bytes]:
     return pictures
 
 
-def _with_pictures(value: Any, images: Sequence[bytes], row: int) -> Any:
-    """The value of the picture column with other bytes and neutral names."""
+def _has_names(kind: pa.DataType) -> bool:
+    """Whether pictures of a column's type (Hugging Face's Image, or a list of them) have a path; one of type null holds none."""
+    item = kind if pa.types.is_struct(kind) else getattr(kind, "value_type", kind)
+    return pa.types.is_struct(item) and item.get_field_index("path") >= 0 and not pa.types.is_null(item.field("path").type)
+
+
+def _with_pictures(value: Any, images: Sequence[bytes], row: int, *, named: bool) -> Any:
+    """The value of the picture column with other bytes and, where it has any, neutral names."""
     if value is None:
         return None
     old = value if isinstance(value, list) else [value]
     new: list[Any] = []
     for index, (item, image) in enumerate(zip(old, images, strict=True)):
-        name = {"path": f"{row:08d}-{index:02d}.png"} if isinstance(item, dict) and "path" in item else {}
+        name = {"path": f"{row:08d}-{index:02d}.png"} if named else {}
         new.append({**item, "bytes": image, **name} if isinstance(item, dict) else image)
     return new if isinstance(value, list) else new[0]
 

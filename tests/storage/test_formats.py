@@ -179,6 +179,19 @@ def test_a_changed_parquet_row_has_a_neutral_path(tmp_path: pathlib.Path) -> Non
     assert [row["image"]["path"] for row in pq.read_table(shard).to_pylist()] == [f"{row:08d}-00.png" for row in range(3)]
 
 
+def test_a_changed_parquet_row_stays_without_a_path_where_no_row_has_one(tmp_path: pathlib.Path) -> None:
+    source = tmp_path / "submission"
+    source.mkdir()
+    rows = [{"image": {"bytes": picture(index), "path": None}, "question": "q", "answer": "a"} for index in range(2)]
+    pq.write_table(pa.Table.from_pylist(rows), source / "rows.parquet")
+    assert pa.types.is_null(pq.read_schema(source / "rows.parquet").field("image").type.field("path").type)
+    opened(source).write_changed({1: (picture(9), "b")}, tmp_path / "changed")
+    assert [(row["image"]["path"], row["answer"]) for row in pq.read_table(tmp_path / "changed").to_pylist()] == [
+        (None, "a"),
+        (None, "b"),
+    ]
+
+
 def test_changing_refuses_what_it_cannot_do(tmp_path: pathlib.Path) -> None:
     bad = imagefolder(tmp_path / "bad", [qa(0), qa(1, answer="")])
     with pytest.raises(SubmissionError, match="line 2: empty answer; only rows that can be used"):
