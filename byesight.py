@@ -8,6 +8,7 @@ from __future__ import annotations
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline import __version__
 from pipeline.errors import (
     ByeSightError,
     ConfigError,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from flows.sanitize import Sanitized
     from pipeline.config import RunConfig
 
-__version__ = "0.1.0"
 __all__ = [
     "ByeSightError",
     "ConfigError",
@@ -31,6 +31,7 @@ __all__ = [
     "RemovalCapError",
     "StageError",
     "SubmissionError",
+    "__version__",
     "load_guarded",
     "sanitize",
     "verify_delivery",

@@ -13,10 +13,10 @@ from typing import Any
 import jinja2
 import numpy as np
 
-import byesight
 from flows import figures, findings
 from flows.artifacts import SCORE_LABELS, layer_threshold, number, percent
 from flows.line import Line, seconds_of
+from pipeline import __version__
 from storage.manifests import to_json
 from storage.store import StageResult
 
@@ -126,7 +126,7 @@ def report_pictures(line: Line, results: Results) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of ByeSight, Python and the libraries that decide a result."""
-    found = {"byesight": byesight.__version__, "python": platform.python_version()}
+    found = {"byesight": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
