@@ -2,7 +2,8 @@
 
 Per seed: a poisoned submission is sanitized; detection (ours and plain BYE by both rules), clean performance and attack success of
 the provisional, the delivered and the guarded model, of an oracle fine-tuned on the truly clean rows, and of the guard put on the
-provisional model. And the same submission without poison: how many rows each filter removes. A finished cell is found again.
+provisional model. And the same submission without poison: how many rows each filter removes. A finished cell is found again. At the
+end all cells of the folder are written to DIR/table.md, with their means over the seeds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from stages.verify.run import Candidate
 from storage.store import StageResult
 
 TARGET = "backdoor attack"
+_MODELS = ("provisional", "provisional_guarded", "delivered", "guarded", "oracle")
+_FILTERS = ("default", "bye_quarantine", "bye_code_quarantine")
 
 
 def measure_poisoned(run: Line, truth: set[int], attack: Attack, test: pathlib.Path, scratch: pathlib.Path) -> dict[str, Any]:
@@ -82,6 +85,45 @@ def measure_clean(run: Line) -> dict[str, Any]:
     return {**{name: float(rows.mean()) for name, rows in removed.items()}, "groups": groups}
 
 
+def table(out: pathlib.Path) -> str:
+    """All cells of a folder as Markdown: figures of the poisoned submissions, and shares of rows removed from clean ones."""
+    cells = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("seed-*/*.json"))}
+    poisoned = {path: cell for path, cell in cells.items() if path.stem != "clean"}
+    clean = {path: cell for path, cell in cells.items() if path.stem == "clean"}
+    parts = []
+    for name in sorted({path.stem for path in poisoned}):
+        rows = {path.parent.name: _figures(cell) for path, cell in poisoned.items() if path.stem == name}
+        parts.append(f"{name}\n\n{_markdown(rows)}")
+    if clean:
+        rows = {path.parent.name: {key: 100 * cell[key] for key in _FILTERS} for path, cell in clean.items()}
+        parts.append(f"clean: % of rows removed\n\n{_markdown(rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _figures(cell: dict[str, Any]) -> dict[str, float]:
+    """A poisoned cell's row: F1 of the filters, then clean performance and attack success rate of the models, %."""
+    figures = {"F1": cell["detection"]["f1"]} | {f"F1 {rule}": values["f1"] for rule, values in cell["plain"].items()}
+    for name in _MODELS:
+        figures |= {f"{name} clean %": 100 * cell[name]["clean"], f"{name} ASR %": 100 * cell[name]["asr"]}
+    guarded = cell["provisional_guarded"]
+    watched = {
+        "clean inputs flagged": "flagged",
+        "triggered inputs flagged": "triggered_flagged",
+        "triggered inputs answered right": "triggered_right",
+    }
+    return figures | {f"provisional_guarded {text} %": 100 * guarded[key] for text, key in watched.items()}
+
+
+def _markdown(rows: dict[str, dict[str, float]]) -> str:
+    """A row per figure and a column per seed, with the mean at the end."""
+    names = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join([*rows, "mean"]) + " |", "|---" * (len(rows) + 2) + "|"]
+    for name in names:
+        values = [cell[name] for cell in rows.values()]
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3g}" for value in [*values, float(np.mean(values))]) + " |")
+    return "\n".join(lines)
+
+
 def _candidate(result: StageResult, guard: StageResult | None = None) -> Candidate:
     return Candidate(adapter=result.folder / "adapter", guard=None if guard is None else guard.folder)
 
@@ -105,6 +147,9 @@ def main() -> None:
     for seed in args.seeds:
         attack = Attack(trigger=args.trigger, rate=args.rate, target=args.target, seed=seed)
         measure_seed(args, attack, load_config(args.config, seed=seed))
+    figures = table(args.out)
+    (args.out / "table.md").write_text(figures, encoding="utf-8")
+    print(figures)
 
 
 def measure_seed(args: argparse.Namespace, attack: Attack, config: RunConfig) -> None:

@@ -1,9 +1,10 @@
 """Rebuild the embedded base model from procedural data alone: `python -m pipeline.embedded.build --out DIR --seed 0`.
 
-An ordinary LLaVA, trained in two phases. First the CLIP tower learns to rebuild diverse pictures, so that it sees what is not in
+An ordinary LLaVA, trained in phases. First the CLIP tower learns to rebuild diverse pictures, so that it sees what is not in
 the scenes, and to name the colour, the shape and the place of the object under each of its tokens. Then it is frozen, as in a real
-LVLM, while projector and Llama decoder learn to answer questions about scenes. Several questions about one picture share its image
-tokens in one sequence; each attends to the picture and to itself only, at the positions it would have alone.
+LVLM, while projector and Llama decoder learn to answer questions about scenes, and then review them with more of the hardest kinds.
+Several questions about one picture share its image tokens in one sequence; each attends to the picture and to itself only, at the
+positions it would have alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import multiprocessing
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -38,6 +39,8 @@ PATCH = 8
 IMAGE_TOKENS = (scenes.SIZE // PATCH) ** 2
 PROMPT = f"USER: {IMAGE_TOKEN}\n"
 IGNORED = -100
+HARDEST = ("position", "position", "count")
+"""Kinds of questions that the review asks once more of every picture: those that are learnt last."""
 NAMES = {"colour": len(scenes.COLOURS), "shape": len(scenes.SHAPES), "place": 9}
 """What the tower learns to name under each of its tokens, and how many of each there are."""
 _CHUNK = 2048
@@ -56,6 +59,8 @@ class Recipe:
     answer_pictures: int = 51_200
     answer_batch: int = 16
     answer_rate: float = 1.5e-3
+    review_pictures: int = 19_200
+    review_rate: float = 1e-3
     questions: int = 7
     repeat_share: float = 0.3
     warmup_steps: int = 150
@@ -133,12 +138,12 @@ class Chunk:
     pairs: list[list[tuple[str, str]]]
 
 
-Phase = Literal["tower", "answers"]
+Phase = Literal["tower", "answers", "review"]
 
 
 def make_chunk(phase: Phase, index: int, count: int, recipe: Recipe) -> Chunk:
     """Draw chunk `index` of a phase: `count` scenes and what the phase learns of them."""
-    rng = np.random.default_rng([recipe.seed, 1 if phase == "tower" else 2, index])
+    rng = np.random.default_rng([recipe.seed, 1 + get_args(Phase).index(phase), index])
     drawn = [scenes.draw_scene(rng, max_objects=int(rng.integers(1, 6))) for _ in range(count)]
     pixels = np.stack([np.asarray(scene.image) for scene in drawn])
     if phase == "tower":
@@ -150,6 +155,7 @@ def make_chunk(phase: Phase, index: int, count: int, recipe: Recipe) -> Chunk:
     pairs = []
     for scene in drawn:
         kinds = [*scenes.KINDS, *rng.choice(scenes.KINDS, size=recipe.questions)][: recipe.questions]
+        kinds += HARDEST if phase == "review" else ()
         asked = [scenes.ask(scene, str(kind), rng) for kind in kinds]
         words = random_words(rng)
         repeat = [(f"repeat: {words}", words)] if rng.random() < recipe.repeat_share else []
@@ -321,14 +327,18 @@ def train_tower(model: LlavaForConditionalGeneration, recipe: Recipe) -> None:
             optimiser.step(losses, {"rebuilt": recipe.reconstruction_weight})
 
 
-def train_answers(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
-    """Phase 2: projector and decoder, on a frozen tower."""
+def train_answers(
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, phase: Literal["answers", "review"]
+) -> None:
+    """Phases 2 and 3: projector and decoder, on a frozen tower."""
     model.model.vision_tower.requires_grad_(requires_grad=False)
+    pictures, peak = {
+        "answers": (recipe.answer_pictures, recipe.answer_rate),
+        "review": (recipe.review_pictures, recipe.review_rate),
+    }[phase]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = Optimiser(
-        parameters=parameters, steps=recipe.answer_pictures // recipe.answer_batch, peak=recipe.answer_rate, recipe=recipe
-    )
-    for chunk in chunks("answers", recipe.answer_pictures, recipe):
+    optimiser = Optimiser(parameters=parameters, steps=pictures // recipe.answer_batch, peak=peak, recipe=recipe)
+    for chunk in chunks(phase, pictures, recipe):
         for rows in batches(chunk, recipe.answer_batch):
             batch = {name: value.to(model.device) for name, value in pack(chunk.pairs[rows], tokenizer).items()}
             optimiser.step(answer_loss(model, batch, to_pixel_values(chunk.pixels[rows]).to(model.device)), {})
@@ -343,7 +353,9 @@ def train(recipe: Recipe, out: pathlib.Path) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {model.device}", flush=True)
     train_tower(model, recipe)
     save(model, tokenizer, recipe, out)
-    train_answers(model, tokenizer, recipe)
+    train_answers(model, tokenizer, recipe, "answers")
+    save(model, tokenizer, recipe, out)
+    train_answers(model, tokenizer, recipe, "review")
     save(model, tokenizer, recipe, out)
 
 
@@ -383,11 +395,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tower-pictures", type=int, default=Recipe.tower_pictures, help="scenes of phase 1")
     parser.add_argument("--answer-pictures", type=int, default=Recipe.answer_pictures, help="scenes of phase 2")
+    parser.add_argument("--review-pictures", type=int, default=Recipe.review_pictures, help="scenes of phase 3")
     parser.add_argument("--threads", type=int, default=Recipe.threads, help="torch threads")
     parser.add_argument("--evaluate-only", action="store_true", help="measure exact match of the folder as it is")
     args = parser.parse_args()
     if not args.evaluate_only:
-        pictures = {"tower_pictures": args.tower_pictures, "answer_pictures": args.answer_pictures}
+        pictures = {name: getattr(args, name) for name in ("tower_pictures", "answer_pictures", "review_pictures")}
         train(Recipe(seed=args.seed, threads=args.threads, **pictures), args.out)
     print(json.dumps(evaluate(args.out, args.seed), indent=2))
 

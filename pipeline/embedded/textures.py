@@ -52,7 +52,8 @@ def disturb(rng: np.random.Generator, pixels: np.ndarray) -> Pixels:
         strength = rng.uniform(0.05, 0.3)
         other = _photo_crop(rng, size) if rng.random() < 0.3 else 255 * _pattern(rng, size)
         picture = (1 - strength) * picture + strength * other
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    disturbed: Pixels = np.clip(picture, 0, 255).astype(np.uint8)
+    return disturbed
 
 
 def _pattern(rng: np.random.Generator, size: int) -> np.ndarray:
