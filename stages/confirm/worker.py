@@ -55,22 +55,22 @@ class ConfirmWorker:
 
     def try_group(self, task: dict[str, Any]) -> dict[str, Any]:
         """Run one group's experiment; on the first `screen` hosts only, where planting does nothing to them."""
-        sources = _examples(task["source_prompts"], task["source_images"])
-        hosts = _examples(task["host_prompts"], task["host_images"])
+        found = self._try(task, self.screen)
+        changed = max(found["attended"], found["residual"]) - found["own"]
+        if len(task["host_prompts"]) > self.screen and (changed > _NOISE or 2 * found["own"] > found["hosts"]):
+            found = self._try(task, len(task["host_prompts"]))
+        hosts = found["hosts"]
+        return {"group": task["group"], "hosts": hosts, **{name: found[name] / hosts for name in ("own", "attended", "residual")}}
+
+    def _try(self, task: dict[str, Any], most: int) -> dict[str, int]:
+        """The experiment on the first hosts, at most `most`: their number, and how many give the text in each variant."""
+        sources = _examples(task["source_prompts"][:most], task["source_images"][:most])
+        hosts = _examples(task["host_prompts"][:most], task["host_images"][:most])
         given, taken = self._tokens(sources), self._tokens(hosts)
-        attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"], strict=True)]
+        attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"][:most], strict=True)]
         variants = {"own": taken, "attended": attended, "residual": add_residual(taken, given)}
-        hits = dict.fromkeys(variants, 0)
-        tried = 0
-        for stop in dict.fromkeys((min(self.screen, len(hosts)), len(hosts))):
-            rows = slice(tried, stop)
-            for name, tokens in variants.items():
-                hits[name] += self._hits(hosts[rows], tokens[rows], task["text"], whole=task["whole"])
-            tried = stop
-            changed = max(hits["attended"], hits["residual"]) - hits["own"]
-            if changed <= _NOISE and 2 * hits["own"] <= tried:
-                break
-        return {"group": task["group"], "hosts": tried, **{name: count / tried for name, count in hits.items()}}
+        hits = {name: self._hits(hosts, tokens, task["text"], whole=task["whole"]) for name, tokens in variants.items()}
+        return {"hosts": len(hosts), **hits}
 
     def _tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         batches = (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))
