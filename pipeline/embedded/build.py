@@ -370,7 +370,7 @@ def save(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFas
 
 
 @torch.inference_mode()
-def evaluate(folder: pathlib.Path, seed: int, pictures: int = 300) -> dict[str, float]:
+def evaluate(folder: pathlib.Path, seed: int, pictures: int = 200) -> dict[str, float]:
     """Exact match per kind of question on unseen scenes, through the ordinary processor, chat template and `generate`."""
     processor = AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
