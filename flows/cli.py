@@ -217,7 +217,7 @@ def verify_command(
 def demo_command(
     out: Annotated[pathlib.Path, typer.Option("--out", metavar="DIR", help="Everything is written here.")] = pathlib.Path("demo"),
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the data, the attack and the run.")] = 0,
-    rows: Annotated[int, typer.Option(min=100, metavar="N", help="Rows of the submission; 10% of them are poisoned.")] = 1500,
+    rows: Annotated[int, typer.Option(min=100, metavar="N", help="Rows of the submission; 10% of them are poisoned.")] = 2400,
     base: Base = None,
     config: Config = None,
     workers: Workers = None,
