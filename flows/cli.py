@@ -52,7 +52,14 @@ Seed = Annotated[
     int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of all random choices (default: 0).", show_default=False)
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, metavar="N", help="Parallel model workers (default: 1).", show_default=False)
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        metavar="N",
+        help="Parallel model workers (default: one per GPU, or per core, at most 4).",
+        show_default=False,
+    ),
 ]
 EngineKind = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from pipeline.config import EngineConfig
-from pipeline.engine import Engine, TableWorker, TrainLoop, open_engine
+from pipeline.engine import Engine, TableWorker, TrainLoop, open_engine, worker_count
 from pipeline.records import Progress
 
 
@@ -27,7 +27,7 @@ class LazyEngine:
 
     @property
     def workers(self) -> int:
-        return self._config.workers
+        return worker_count(self._config)
 
     def map_shards(
         self, shards: Sequence[pathlib.Path], build: Callable[..., TableWorker], arguments: Mapping[str, Any], *, batch_rows: int

@@ -133,7 +133,9 @@ class EngineConfig(Section):
     """Where the work runs; it never changes a result, so it is no part of a stage's key."""
 
     kind: Literal["ray", "local"] = pydantic.Field("ray", description="`ray`, or `local`: in this process, for debugging.")
-    workers: int = pydantic.Field(1, gt=0, le=1024, description="Parallel model workers.")
+    workers: int = pydantic.Field(
+        0, ge=0, le=1024, description="Parallel model workers; 0: one per GPU, or one per CPU core up to 4 where there is none."
+    )
     threads: int = pydantic.Field(0, ge=0, le=256, description="Torch threads per worker; 0 shares the cores evenly.")
     address: str | None = pydantic.Field(None, description="Address of a Ray cluster; None starts Ray on this machine.")
     object_store_bytes: int = pydantic.Field(

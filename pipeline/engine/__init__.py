@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ import pyarrow as pa
 
 from pipeline.config import EngineConfig
 from pipeline.records import Progress
+
+_MOST_CPU_WORKERS = 4
 
 
 class TableWorker(Protocol):
@@ -45,6 +48,19 @@ class TrainContext(Protocol):
 
 
 TrainLoop = Callable[[Mapping[str, Any], TrainContext], None]
+
+
+def worker_count(config: EngineConfig) -> int:
+    """Workers that a configuration asks for.
+
+    A worker per core trains a small model nearly twice as fast as one worker with a thread per core (measured on two cores); each
+    holds the model, so that a large one on a CPU is better given fewer by hand.
+    """
+    if config.workers:
+        return config.workers
+    import torch
+
+    return torch.cuda.device_count() or min(_MOST_CPU_WORKERS, os.cpu_count() or 1)
 
 
 class Engine(Protocol):

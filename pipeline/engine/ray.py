@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.config import EngineConfig
-from pipeline.engine import TableWorker, TrainLoop
+from pipeline.engine import TableWorker, TrainLoop, worker_count
 from pipeline.engine.workers import Background, DataWorker, ProgressLines, clear_records, recorded_error, run_loop, unpack
 from pipeline.errors import StageError
 from pipeline.records import Progress
@@ -48,9 +48,9 @@ class RayEngine:
     """Work on Ray, started on this machine or found at `config.address`. An already initialised Ray is used and left running."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.workers = config.workers
+        self.workers = worker_count(config)
         self._config = config
-        self._threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
+        self._threads = config.threads or max(1, (os.cpu_count() or 1) // self.workers)
         self.temporary: pathlib.Path | None = None
         self._started = False
 
