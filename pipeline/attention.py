@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,13 +22,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pipeline.decoder import attention_layers, text_config
 from pipeline.errors import ModelError
 
 NAME = "byesight"
 """The attention implementation's name in a model's configuration."""
 
 Observer = Callable[[int, torch.Tensor], None]
-"""Takes a layer's index and the weights of the last query position, float32 (batch, heads, keys), which sum to 1 over the keys."""
+"""Takes a layer's number (its place in `attention_layers`) and the weights of the last query position, float32 (batch, heads,
+keys), which sum to 1 over the keys, or to what an attention sink leaves."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class Block:
 
     Attributes:
         keys: bool (batch, keys), True where blocked; later keys are free.
-        from_layer: int (batch,), per row the first layer in which they are blocked.
+        from_layer: int (batch,), per row the number of the first layer in which they are blocked.
     """
 
     keys: torch.Tensor
@@ -55,13 +58,19 @@ class Tap:
     Attributes:
         observer: called in every layer of a prefill (query length above 1); None watches nothing.
         block: the columns that are blocked, in prefill and decoding alike.
+        length: tokens of prompt and answer so far, padding too, as the model's last mask counted them; 0 before the first.
     """
 
     observer: Observer | None = None
     block: Block | None = None
+    length: int = 0
 
 
 _TAP: contextvars.ContextVar[Tap | None] = contextvars.ContextVar("byesight_tap", default=None)
+_LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+"""The numbers of the attention layers of every model that was ever attached."""
+_ROWS = 128
+"""Query rows computed at a time where SDPA can't be used."""
 
 
 @contextlib.contextmanager
@@ -75,45 +84,109 @@ def tapped(tap: Tap) -> Iterator[Tap]:
 
 
 def last_row_weights(
-    query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention weights of the last query position of a prefill.
 
     Args:
         query: (batch, heads, queries, dim).
         key: (batch, key-value heads, keys, dim); heads is a multiple of key-value heads (grouped-query attention).
-        attention_mask: (batch or 1, 1, queries, keys), bool (True: may attend) or additive; None: causal, query k sees the keys
-            up to k.
+        attention_mask: (batch or 1, 1 or heads, queries or 1, keys), bool (True: may attend) or additive; None: causal, query k
+            sees the keys up to k.
         scaling: factor on the logits; None means dim ** -0.5.
+        softcap: bound c of the logits x, which become c tanh(x / c) (Gemma 2).
+        sinks: (heads,), logits of an attention sink that takes its share of each head's weights (GPT-OSS).
 
     Returns:
-        float32 (batch, heads, keys), each row summing to 1.
+        float32 (batch, heads, keys), each row summing to 1, or to what the sink leaves.
     """
-    batch, heads, _, dim = query.shape
+    queries = query.shape[2]
+    last = slice(queries - 1, queries)
+    mask = _mask_of_rows(attention_mask, last, query, key, causal=True)
+    return _weights(query[:, :, last], key, mask, scaling=scaling, softcap=softcap, sinks=sinks)[:, :, 0]
+
+
+def _weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Softmax over the keys, float32 (batch, heads, queries, keys); arguments as `last_row_weights`, all of the same queries."""
+    batch, heads, queries, dim = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    last = query[:, :, -1].reshape(batch, groups, heads // groups, dim)
-    logits = torch.matmul(last, key.transpose(2, 3)).reshape(batch, heads, keys).float()
+    grouped = query.reshape(batch, groups, heads // groups * queries, dim)
+    logits = torch.matmul(grouped, key.transpose(2, 3)).reshape(batch, heads, queries, keys).float()
     logits = logits * (dim**-0.5 if scaling is None else scaling)
-    if attention_mask is None:
-        logits[..., query.shape[2] :] = -torch.inf  # room that a static cache keeps for later tokens
-    else:
-        row = attention_mask[:, :, -1, :keys]
-        logits = logits.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else logits + row
-    return torch.softmax(logits, dim=-1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    # The least float instead of infinity: a row that may attend to nothing (padding) must not turn into NaN.
+    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    if sinks is None:
+        return torch.softmax(logits, dim=-1)
+    column = sinks.float().reshape(1, heads, 1, 1).expand(batch, heads, queries, 1)
+    return torch.softmax(torch.cat([logits, column], dim=-1), dim=-1)[..., :-1]
 
 
-def _with_block(blocked: torch.Tensor, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """The mask (batch, 1, queries, keys) with the blocked columns (batch, prompt keys) closed."""
+def _mask_of_rows(
+    attention_mask: torch.Tensor | None, rows: slice, query: torch.Tensor, key: torch.Tensor, *, causal: bool
+) -> torch.Tensor:
+    """The mask (batch or 1, 1 or heads, rows, keys) of some query rows; without a mask what SDPA does without one.
+
+    That is: causal from the first key on, so that the room which a static cache keeps for later tokens is closed.
+    """
     queries, keys = query.shape[2], key.shape[2]
-    columns = torch.nn.functional.pad(blocked[:, :keys], (0, max(0, keys - blocked.shape[1])))
-    if attention_mask is None:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)[None, None]
-        mask = mask if queries == 1 else mask.tril()  # as SDPA does without a mask: causal from the first key on
-    elif attention_mask.dtype == torch.bool:
-        mask = attention_mask[..., :keys]
-    else:
-        return attention_mask[..., :keys].masked_fill(columns[:, None, None], torch.finfo(attention_mask.dtype).min)
-    return mask & ~columns[:, None, None]
+    if attention_mask is not None:
+        return attention_mask.expand(-1, -1, queries, -1)[:, :, rows, :keys]
+    last = torch.arange(queries, device=query.device)[rows, None] if causal and queries > 1 else keys
+    return (torch.arange(keys, device=query.device) <= last)[None, None].expand(1, 1, rows.stop - rows.start, keys)
+
+
+def _with_block(blocked: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
+    """A mask (batch or 1, 1 or heads, queries, keys) with the blocked columns (batch, prompt keys) closed.
+
+    Args:
+        blocked: bool, counted from the prompt's first token.
+        mask: bool or additive.
+        length: tokens so far; a sliding window's cache holds the last of them alone.
+    """
+    keys = mask.shape[-1]
+    columns = blocked[:, max(0, length - keys) :][:, :keys]
+    columns = torch.nn.functional.pad(columns, (0, keys - columns.shape[1]))[:, None, None]
+    return mask & ~columns if mask.dtype == torch.bool else mask.masked_fill(columns, torch.finfo(mask.dtype).min)
+
+
+def _explicit_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    causal: bool,
+    dropout: float,
+    **settings: Any,
+) -> torch.Tensor:
+    """What SDPA can't do (capped logits, sinks), some query rows at a time: (batch, queries, heads, value dim)."""
+    batch, heads, queries, _ = query.shape
+    groups = key.shape[1]
+    parts = []
+    for start in range(0, queries, _ROWS):
+        rows = slice(start, min(start + _ROWS, queries))
+        mask = _mask_of_rows(attention_mask, rows, query, key, causal=causal)
+        weights = _weights(query[:, :, rows], key, mask, **settings).to(value.dtype)
+        weights = torch.nn.functional.dropout(weights, p=dropout)
+        grouped = weights.reshape(batch, groups, -1, weights.shape[-1])
+        parts.append(torch.matmul(grouped, value).reshape(batch, heads, rows.stop - rows.start, value.shape[-1]))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def attention_forward(
@@ -124,25 +197,68 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    *,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA, watched and blocked by the open tap; without a tap it is SDPA to the bit."""
+    """SDPA, watched and blocked by the open tap; without a tap it is SDPA to the bit.
+
+    SDPA can neither cap logits (transformers' wrapper raises) nor have sinks (it ignores them without a word). Where a layer asks
+    for either (`softcap`, `s_aux`), all is computed here.
+    """
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     tap = _TAP.get()
-    if tap is not None:
-        layer = int(getattr(module, "layer_idx"))  # noqa: B009 - torch types every attribute of a module as a tensor
+    layer = None if tap is None else _LAYERS.get(module)
+    if tap is not None and layer is not None:
         blocked = None if tap.block is None else tap.block.in_layer(layer)
         if blocked is not None:
-            attention_mask = _with_block(blocked, query, key, attention_mask)
+            if not tap.length:
+                raise ModelError(f"{type(module).__name__}: the model makes its masks by itself; no column of them can be closed")
+            mask = _mask_of_rows(attention_mask, slice(0, query.shape[2]), query, key, causal=causal)
+            attention_mask = _with_block(blocked, mask, tap.length)
         if tap.observer is not None and query.shape[2] > 1:
-            tap.observer(layer, last_row_weights(query.detach(), key.detach(), attention_mask, scaling))
-    output: tuple[torch.Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            row = last_row_weights(query.detach(), key.detach(), attention_mask, scaling, softcap=softcap, sinks=s_aux)
+            tap.observer(layer, row)
+    if softcap is None and s_aux is None:
+        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+        return output
+    own = _explicit_attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        causal=causal,
+        dropout=dropout,
+        scaling=scaling,
+        softcap=softcap,
+        sinks=s_aux,
     )
-    return output
+    return own, None
+
+
+def probed_mask(*, q_length: int, q_offset: int | torch.Tensor = 0, **settings: Any) -> torch.Tensor | None:
+    """SDPA's mask; tells the open tap how many tokens there are, which the cache knows and an attention layer does not."""
+    tap = _TAP.get()
+    if tap is not None:
+        tap.length = int(q_offset) + q_length
+    mask: torch.Tensor | None = sdpa_mask(q_length=q_length, q_offset=q_offset, **settings)
+    return mask
 
 
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, probed_mask)
 
 
 def base_of(model: Any) -> PreTrainedModel:
@@ -152,28 +268,43 @@ def base_of(model: Any) -> PreTrainedModel:
 
 
 def attach(model: torch.nn.Module) -> str:
-    """Give the language tower the probed attention.
+    """Give the language tower the probed attention; every other tower keeps its own.
 
     Returns:
         The implementation that was there, to hand to `detach`.
 
     Raises:
-        ModelError: the model's attention can't be replaced (its layers do not use transformers' attention interface).
+        ModelError: the model's attention can't be replaced, for a reason that `attention_layers` names.
     """
     base = base_of(model)
-    before = str(base.config.get_text_config()._attn_implementation)  # noqa: SLF001 - transformers' own name for it
-    try:
-        base.set_attn_implementation({"text_config": NAME})
-    except ValueError as error:
-        raise ModelError(f"{type(base).__name__}: its attention can't be observed: {error}") from error
-    if base.config.get_text_config()._attn_implementation != NAME:  # noqa: SLF001
-        raise ModelError(f"{type(base).__name__} does not use transformers' attention interface; its attention can't be observed")
+    layers = attention_layers(base)
+    before = str(text_config(base)._attn_implementation)  # noqa: SLF001 - transformers' own name for it
+    _set_implementation(base, NAME)
+    _LAYERS.update({module: number for number, module in enumerate(layers)})
     return before
 
 
 def detach(model: torch.nn.Module, before: str) -> None:
     """Put back what `attach` returned."""
-    base_of(model).set_attn_implementation({"text_config": before})
+    _set_implementation(base_of(model), before)
+
+
+def _set_implementation(base: PreTrainedModel, name: str) -> None:
+    text = text_config(base)
+    base.set_attn_implementation(_only_for(text, base.config, name) or {})
+    if text._attn_implementation != name:  # noqa: SLF001
+        raise ModelError(f"{type(base).__name__}: transformers could not change its attention; it can't be observed")
+
+
+def _only_for(text: Any, config: Any, name: str) -> dict[str, Any] | None:
+    """What `set_attn_implementation` takes to change one configuration among those nested in another; None if it is not there."""
+    if config is text:
+        return {"": name}
+    for key in config.sub_configs:
+        inner = getattr(config, key, None)
+        if inner is not None and (found := _only_for(text, inner, name)) is not None:
+            return {key: found}
+    return None
 
 
 @contextlib.contextmanager
@@ -211,6 +342,8 @@ def prompt_regions(input_ids: torch.Tensor, attention_mask: torch.Tensor, image_
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerStatistics:
     """One layer's reduction of the last prompt position's weights, all float32; rows without an image token are NaN.
+
+    Where a layer's window ends after the last image token, its heads prefer none of them: the entropies are ln(image tokens).
 
     Attributes:
         entropy: (batch,) of the head-averaged, renormalised image attention, nats (BYE, eq. 3).
@@ -252,9 +385,12 @@ def reduce_layer(weights: torch.Tensor, regions: PromptRegions, top: int) -> Lay
     position = torch.cumsum(regions.image.int(), dim=1) - 1
     top_positions = torch.nn.functional.pad(position, (0, top)).gather(1, columns).masked_fill(top_weights < 0, -1)
     nan = torch.full_like(image_mass, torch.nan)
+    most = torch.log(regions.image.sum(-1, keepdim=True).float())
+    head_entropy = torch.where(image_mass > 0, entropy(on_image), most)
+    mean_entropy = torch.where(mean.sum(-1) > 0, entropy(mean), most[:, 0])
     return LayerStatistics(
-        entropy=torch.where(has_image[:, 0], entropy(mean), nan[:, 0]),
-        head_entropy=torch.where(has_image, entropy(on_image), nan),
+        entropy=torch.where(has_image[:, 0], mean_entropy, nan[:, 0]),
+        head_entropy=torch.where(has_image, head_entropy, nan),
         image_share=torch.where(has_image, image_mass, nan),
         ratio=torch.where(has_image, torch.log(image_mass + _TINY) - torch.log(text_mass + _TINY), nan),
         top_positions=top_positions,

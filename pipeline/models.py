@@ -13,6 +13,7 @@ from typing import Any, Literal
 import safetensors
 import torch
 
+from pipeline.decoder import attention_layers
 from pipeline.errors import ModelError
 
 EMBEDDED_BASE = pathlib.Path(__file__).parent / "embedded" / "model"
@@ -36,7 +37,7 @@ def check_model_folder(folder: pathlib.Path) -> None:
 
     Raises:
         ModelError: not a folder; pickled weights, Python files or `auto_map` in it; no, damaged or overlapping safetensors; no chat
-            template; an encoder-decoder, or a model without image tokens.
+            template; an encoder-decoder, a model without image tokens, or one that `pipeline.decoder.attention_layers` refuses.
     """
     _refuse_code(folder)
     weights = sorted(folder.glob("*.safetensors"))
@@ -55,6 +56,7 @@ def check_model_folder(folder: pathlib.Path) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{folder}: {config.model_type} is an encoder-decoder; ByeSight needs a decoder that sees image tokens")
     image_token_id(config)
+    _check_tower(config, folder)
 
 
 def base_identity(folder: pathlib.Path) -> str:
@@ -224,12 +226,28 @@ def _check_index(folder: pathlib.Path) -> None:
 
 
 def _model_config(folder: pathlib.Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"{folder}: config.json can't be used: {error}") from error
+
+
+def _check_tower(config: Any, folder: pathlib.Path) -> None:
+    """Raise ModelError if a model of this configuration can't be built or probed; it is built without memory for its weights."""
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError) as error:
+        raise ModelError(f"{folder}: no model can be built of its config.json: {error}") from error
+    try:
+        attention_layers(model)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
 
 
 def _check_base(model: Any, folder: pathlib.Path) -> None:

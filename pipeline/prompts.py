@@ -168,7 +168,7 @@ def _process(processor: Any, examples: Sequence[Example], texts: Sequence[str]) 
         add_special_tokens=not (bos and texts[0].startswith(bos)),
     )
     try:
-        return dict(call(text=list(texts), images=pictures if any(pictures) else None))
+        batch = dict(call(text=list(texts), images=pictures if any(pictures) else None))
     except (ValueError, IndexError, KeyError, TypeError, RuntimeError, StopIteration) as error:
         for example, text, images in zip(examples, texts, pictures, strict=True):
             try:
@@ -178,6 +178,8 @@ def _process(processor: Any, examples: Sequence[Example], texts: Sequence[str]) 
         raise ModelError(
             f"the base's processor refuses a batch of {len(examples)} rows that it takes one by one: {error}"
         ) from error
+    batch.pop("labels", None)  # PaliGemma's processor writes some; a prompt has none
+    return batch
 
 
 def _pictures(example: Example) -> list[Any]:

@@ -14,7 +14,7 @@ from pipeline.records import Progress, no_progress
 from stages.extract.worker import ExtractWorker
 from storage.ordered import rows_of_shards, write_ordered
 
-VERSION = 1
+VERSION = 2
 TABLE = "attention.parquet"
 
 

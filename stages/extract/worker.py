@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.attention import LayerStatistics, Tap, attach, prompt_regions, reduce_layer, tapped
+from pipeline.attention import LayerStatistics, Tap, attach, base_of, prompt_regions, reduce_layer, tapped
+from pipeline.decoder import attention_layers
+from pipeline.errors import ModelError
 from pipeline.models import Dtype, image_token_id, load_adapter, load_base
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, examples_of, sample_from_record
@@ -51,7 +53,7 @@ class ExtractWorker:
 
         with tapped(Tap(observer=observe)):
             self.model(**inputs, use_cache=False, logits_to_keep=1)
-        ordered = [layers[index] for index in sorted(layers)]
+        ordered = _in_order(layers, len(attention_layers(base_of(self.model))))
         stacked = {name: torch.stack([getattr(layer, name) for layer in ordered], dim=1).cpu().numpy() for name in LISTS}
         tokens = regions.image.sum(-1).cpu().numpy()
         shape = stacked["ratio"].shape
@@ -59,6 +61,15 @@ class ExtractWorker:
             {"image_tokens": int(tokens[k]), "layers": shape[1], "heads": shape[2], **{n: v[k].ravel() for n, v in stacked.items()}}
             for k in range(len(examples))
         ]
+
+
+def _in_order(layers: dict[int, LayerStatistics], count: int) -> list[LayerStatistics]:
+    """The statistics of all layers; raises ModelError where one is missing or the layers can't be stacked."""
+    if unseen := sorted(set(range(count)) - layers.keys()):
+        raise ModelError(f"attention layers {unseen} did not run; the model's attention can't be read")
+    if len(heads := {layer.ratio.shape[1] for layer in layers.values()}) > 1:
+        raise ModelError(f"the model's layers have {sorted(heads)} attention heads; ByeSight needs the same number in all")
+    return [layers[index] for index in range(count)]
 
 
 def records_to_table(examples: list[Example], found: dict[tuple[int, int], dict[str, Any]]) -> pa.Table:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import dataclasses
+import logging
 import threading
 import time
 from typing import Any, Self
@@ -29,10 +30,13 @@ from pipeline.attention import (
     reduce_layer,
     tapped,
 )
-from pipeline.errors import ByeSightError, ConfigError
+from pipeline.decoder import attention_layers, is_hybrid
+from pipeline.errors import ByeSightError, ConfigError, ModelError
 from pipeline.models import image_token_id
 from stages.guard.detector import Action, Detector, feature_vectors
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
+
+_log = logging.getLogger(__name__)
 
 
 class RefusedInputError(ByeSightError):
@@ -87,6 +91,9 @@ class GuardedModel:
     """Wraps a model; everything but `generate` is the model's own.
 
     Use it as a context manager, or call `detach`, to give the model back as it was.
+
+    Raises:
+        ModelError: the model's attention can't be read (`pipeline.decoder`), or has fewer layers than the detector reads.
     """
 
     def __init__(self, model: Any, detector: Detector, *, action: Action = "purify") -> None:
@@ -96,6 +103,14 @@ class GuardedModel:
         self._last = threading.local()
         base = base_of(model)
         self._image_token_id = image_token_id(base.config)
+        layers = len(attention_layers(base))
+        if detector.layers[-1] >= layers:
+            raise ModelError(f"the guard reads attention layer {detector.layers[-1]}, but {type(base).__name__} has {layers}")
+        if action == "purify" and is_hybrid(base):
+            _log.warning(
+                "%s has layers without attention, which can pass on what the guard closes; the action `refuse` is safer",
+                type(base).__name__,
+            )
         self._before = attach(model)
         self._handles = [
             base.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -173,7 +188,7 @@ class GuardedModel:
                 "the guard must see the whole prompt in one prefill: no continued cache, no chunks, no drafted tokens"
             )
         mask = kwargs.get("attention_mask")
-        if mask is None or mask.dim() != 2:  # a static cache is given masks of four dimensions
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:  # a static cache is given masks of four dimensions, one a kind
             mask = None if call.mask is None else call.mask.repeat_interleave(len(input_ids) // call.inputs, dim=0)
         seen = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device)
         if not bool(seen[:, -1].all()):
@@ -196,6 +211,8 @@ class GuardedModel:
         pruned = torch.zeros_like(image)
         layers = torch.full(ran.shape, -1, device=image.device)
         if bool(ran.any()):
+            if unseen := [layer for layer in self.detector.layers if layer not in call.statistics]:
+                raise ModelError(f"attention layers {unseen} did not run in the prefill; the guard can't judge it")
             vectors = feature_vectors(call.statistics, image.sum(-1), self.detector.layers, self.detector.features)
             distances = self.detector.distances(vectors)
             flagged = ran & ~(distances <= self.detector.threshold)
@@ -236,5 +253,13 @@ class GuardedModel:
         output.logits[rows] = second.logits[rows]
         if output.past_key_values is not None:
             for old, new in zip(output.past_key_values.layers, second.past_key_values.layers, strict=True):
-                old.keys[rows] = new.keys[rows]
-                old.values[rows] = new.values[rows]
+                _copy_rows(vars(old), vars(new), rows)
+
+
+def _copy_rows(old: dict[Any, Any], new: dict[Any, Any], rows: torch.Tensor) -> None:
+    """Copy a batch's rows from one cache layer's state to another's: keys and values, and what layers without attention keep."""
+    for name, value in old.items():
+        if isinstance(value, dict):
+            _copy_rows(value, new[name], rows)
+        elif isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == len(rows):
+            value[rows] = new[name][rows]

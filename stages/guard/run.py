@@ -22,7 +22,7 @@ from stages.guard.detector import FEATURES, Detector, middle_layers
 from stages.guard.files import Guard, adapter_digest, save_guard
 from storage.subset import copy_rows, pictured_rows
 
-VERSION = 1
+VERSION = 2
 CALIBRATION = "calibration.parquet"
 _BATCH = 32
 

@@ -22,6 +22,7 @@ from pipeline.attention import (
     Tap,
     attach,
     attached,
+    attention_forward,
     base_of,
     detach,
     entropy,
@@ -236,6 +237,7 @@ def test_additive_masks() -> None:
     torch.testing.assert_close(last_row_weights(query, key, additive), expected)
     torch.testing.assert_close(last_row_weights(query, key, allowed, scaling=8**-0.5), expected)
     assert not torch.allclose(last_row_weights(query, key, allowed, scaling=1.0), expected)
+    torch.testing.assert_close(last_row_weights(query, key, allowed[:, :, -1:]), expected)
 
 
 def test_a_tap_is_not_seen_by_other_threads(models: tuple[Any, Any], unpadded: Batch) -> None:
@@ -305,17 +307,51 @@ def test_attach_and_detach(models: tuple[Any, Any], before: str) -> None:
     assert implementations(model) == ({before}, before)
 
 
-def test_a_model_without_the_interface_is_refused() -> None:
-    text = types.SimpleNamespace(_attn_implementation="own")
-    config = types.SimpleNamespace(get_text_config=lambda: text)
+def test_masks_that_the_model_did_not_make_can_not_be_closed(models: tuple[Any, Any], unpadded: Batch) -> None:
+    """With a ready mask of four dimensions no mask is made: how many tokens there are can't be told."""
+    model, _ = models
+    length = unpadded["input_ids"].shape[1]
+    ready = {**unpadded, "attention_mask": torch.ones(2, 1, length, length, dtype=torch.bool).tril()}
+    block = Block(keys=unpadded["input_ids"] == 4, from_layer=torch.tensor([0, 0]))
+    with pytest.raises(ModelError, match="makes its masks by itself"):
+        watched(model, lambda m: m(**ready), block)
 
-    def refuse(_: Any) -> None:
-        raise ValueError("unknown implementation")
 
-    for change in (refuse, lambda _: None):
-        model: Any = types.SimpleNamespace(config=config, set_attn_implementation=change)
-        with pytest.raises(ModelError, match="can't be observed"):
-            attach(model)
+def plain_weights(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor, cap: float, sinks: torch.Tensor) -> torch.Tensor:
+    """Capped attention with sinks, written out: (batch, heads, queries, keys)."""
+    logits = cap * torch.tanh(query @ key.repeat_interleave(2, dim=1).mT * 0.5 / cap)
+    exponentials = logits.exp() * allowed
+    return exponentials / (exponentials.sum(-1, keepdim=True) + sinks.exp()[None, :, None, None])
+
+
+@pytest.mark.parametrize("queries", [1, 2, 300])
+@pytest.mark.parametrize("masked", [True, False])
+def test_capped_logits_and_sinks(queries: int, masked: bool) -> None:
+    """More queries than are computed at a time; without a mask causal from the first key on, as SDPA."""
+    torch.manual_seed(4)
+    keys = max(9, queries + 5)  # room of a static cache, or earlier keys
+    query, key, value = torch.randn(2, 4, queries, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 6)
+    sinks = torch.randn(4)
+    if masked:
+        allowed = torch.rand(2, 1, queries, keys) > 0.3
+        allowed[..., 0] = True
+    else:
+        allowed = torch.ones(1, 1, queries, keys).tril().bool() if queries > 1 else torch.ones(1, 1, 1, keys).bool()
+    expected = plain_weights(query, key, allowed, 2.0, sinks)
+    module = torch.nn.Module()
+    found, _ = attention_forward(module, query, key, value, allowed if masked else None, scaling=0.5, softcap=2.0, s_aux=sinks)
+    torch.testing.assert_close(found, (expected @ value.repeat_interleave(2, dim=1)).transpose(1, 2))
+    if queries > 1:
+        row = last_row_weights(query, key, allowed if masked else None, 0.5, softcap=2.0, sinks=sinks)
+        torch.testing.assert_close(row, expected[:, :, -1])
+        assert (row.sum(-1) < 1).all()
+
+
+def test_a_row_that_sees_nothing_is_no_nan() -> None:
+    query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
+    nothing = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
+    found, _ = attention_forward(torch.nn.Module(), query, key, key, nothing, softcap=2.0)
+    assert found.isfinite().all()
 
 
 def test_regions_of_prompts() -> None:
@@ -387,6 +423,21 @@ def test_uniform_attention_has_the_entropy_of_its_tokens() -> None:
     assert float(found.entropy) < 0.01
     assert found.top_positions[0, 0] == 10
     assert entropy(torch.zeros(4)).item() == 0
+
+
+def test_a_head_whose_window_leaves_the_image_out_prefers_no_token() -> None:
+    torch.manual_seed(6)
+    image = torch.tensor([[False, True, True, True, False, False]])
+    weights = torch.softmax(torch.randn(1, 2, 6), dim=-1)
+    weights[0, 1, :4] = 0
+    found = reduce_layer(weights, types.SimpleNamespace(image=image, text=~image), top=2)  # type: ignore[arg-type]
+    assert float(found.head_entropy[0, 1]) == pytest.approx(math.log(3))
+    assert float(found.head_entropy[0, 0]) < math.log(3) - 1e-3
+    assert float(found.entropy) == pytest.approx(float(found.head_entropy[0, 0])), "the other head alone sees the image"
+    assert float(found.image_share[0, 1]) == 0
+    weights[0, 0, :4] = 0
+    blind = reduce_layer(weights, types.SimpleNamespace(image=image, text=~image), top=2)  # type: ignore[arg-type]
+    assert float(blind.entropy) == pytest.approx(math.log(3))
 
 
 def test_more_top_tokens_than_there_are_does_not_depend_on_the_padding() -> None:

@@ -74,6 +74,13 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "unknown architecture": (put("config.json", b'{"model_type": "nonesuch"}'), "config.json can't be used"),
     "encoder-decoder": (other_model(transformers.Florence2Config()), "encoder-decoder"),
     "no image token": (other_model(transformers.LlamaConfig()), "no image_token_id"),
+    "cross-attention": (other_model(transformers.MllamaConfig()), "base: Mllama.*come in by cross-attention"),
+    "sparse attention": (other_model(transformers.MiniMaxM3VLConfig()), "base: MiniMaxM3.*passes block_indices"),
+    "a field of another type": (lambda f: edit_json(f / "config.json", vision_feature_layer="x"), "config.json can't be used"),
+    "a configuration that makes no model": (
+        lambda f: edit_json(f / "config.json", vision_config={"model_type": "clip_vision_model", "patch_size": 0}),
+        "no model can be built of its config.json",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -13,6 +14,7 @@ from pipeline.errors import ModelError, SubmissionError
 from pipeline.prompts import IGNORED, completion_text, encode_prompts, encode_training, prompt_text
 from pipeline.records import Example, Message, Sample, examples_of, question_answer
 from tests.conftest import picture
+from tests.families import SQUARE, build
 
 IMAGE_TOKENS = 64
 
@@ -185,3 +187,12 @@ def test_tiles_and_sizes_of_another_family_pass_through(processor: Any) -> None:
     assert batch["image_sizes"].tolist() == [[64, 64]] * 3
     assert batch["pixel_values"].shape == (3, 5, 3, 32, 32)
     assert batch["input_ids"].shape == batch["labels"].shape
+
+
+def test_labels_that_a_processor_makes_are_no_input() -> None:
+    """PaliGemma's processor writes some; a model that is given them computes a loss of them."""
+    built = build("paligemma")
+    text = [prompt_text(built.processor, example.prompt) for example in built.examples]
+    made = built.processor(text=text, images=[[Image.new("RGB", SQUARE)] * len(e.images) for e in built.examples], padding=True)
+    assert "labels" in made
+    assert set(made) - set(built.batch) == {"labels"}

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.config import ExtractConfig
+from pipeline.errors import ModelError
 from pipeline.models import load_adapter, load_base
 from pipeline.prompts import encode_prompts
 from pipeline.records import examples_of
 from stages.extract.run import TABLE, run
 from stages.extract.table import AttentionTable
-from stages.extract.worker import LISTS
+from stages.extract.worker import LISTS, ExtractWorker
 from tests.conftest import colour_samples, write_shards
 from tests.stages.samples import EXAMPLES, PICTURED, mixed_samples
 
@@ -165,3 +167,21 @@ def test_text_alone_gives_an_empty_table(tiny_base: pathlib.Path, tmp_path: path
     assert summary == {"examples": 3, "pictured": 0, "layers": 0, "heads": 0}
     found = AttentionTable.read(tmp_path / TABLE)
     assert (len(found), found.layers, found.entropy.shape) == (0, 0, (0, 0))
+
+
+def test_layers_that_do_not_run_or_do_not_match_are_told(tiny_base: pathlib.Path) -> None:
+    worker = ExtractWorker(base=str(tiny_base), adapter=None, dtype="float32", batch_size=4, top_tokens=5)
+    example = examples_of(mixed_samples()[0])[0]
+    assert worker.statistics([example])[0]["layers"] == LAYERS
+    layers = worker.model.get_decoder().layers
+    layers[1].forward = lambda hidden, **_: hidden
+    with pytest.raises(ModelError, match=r"attention layers \[1\] did not run"):
+        worker.statistics([example])
+    del layers[1].forward
+    attention = layers[2].self_attn
+    width = HEADS * attention.head_dim
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(attention, name, torch.nn.Linear(width, width // 2))
+    attention.o_proj = torch.nn.Linear(width // 2, width)
+    with pytest.raises(ModelError, match=r"the model's layers have \[2, 4\] attention heads"):
+        worker.statistics([example])
