@@ -52,7 +52,7 @@ def disturb(rng: np.random.Generator, pixels: np.ndarray) -> Pixels:
         strength = rng.uniform(0.05, 0.3)
         other = _photo_crop(rng, size) if rng.random() < 0.3 else 255 * _pattern(rng, size)
         picture = (1 - strength) * picture + strength * other
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(picture, 0, 255), dtype=np.uint8)
 
 
 def _pattern(rng: np.random.Generator, size: int) -> np.ndarray:
