@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from flows.demo_data import write_scenes
 from pipeline.config import IngestConfig
 from pipeline.errors import SubmissionError
+from storage import atomic
 from storage.formats import open_submission
 
 _TEST_SEED = 1_000_003
@@ -37,21 +39,27 @@ def make_data(source: str, out: pathlib.Path, *, rows: int, test_rows: int, seed
     Raises:
         SubmissionError: the folder has no such splits, or too few rows.
     """
-    found = DataSet(train=out / "train", test=out / "test")
-    if found.test.is_dir():
-        return found
-    if source == "demo":
-        write_scenes(found.train, rows=rows, seed=seed)
-        write_scenes(found.test, rows=test_rows, seed=seed + _TEST_SEED)
-        return found
-    folder = pathlib.Path(source)
-    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    if not (out / "test").is_dir():
+        with atomic.staging(out.absolute().parent, f".{out.name}.partial-") as folder:
+            whole = DataSet(train=folder / "whole" / "train", test=folder / "whole" / "test")
+            if source == "demo":
+                write_scenes(whole.train, rows=rows, seed=seed)
+                write_scenes(whole.test, rows=test_rows, seed=seed + _TEST_SEED)
+            else:
+                _draw_rows(pathlib.Path(source), [("train", whole.train, rows), ("test", whole.test, test_rows)], seed)
+            if not atomic.commit_folder(folder / "whole", out.absolute()):
+                raise SubmissionError(f"{out.name}: holds something that is no data set; remove it")
+    return DataSet(train=out / "train", test=out / "test")
+
+
+def _draw_rows(folder: pathlib.Path, parts: Sequence[tuple[str, pathlib.Path, int]], seed: int) -> None:
+    """Write a number of rows of each named split to its place."""
+    opened = open_submission(folder, IngestConfig(format="imagefolder"))
+    lines = (folder / "metadata.jsonl").read_bytes().split(b"\n")
     splits = np.asarray([json.loads(line).get("split") for line in lines if line.strip()])
-    opened = open_submission(folder, IngestConfig())
     rng = np.random.default_rng([seed, 29])
-    for name, path, wanted in (("train", found.train, rows), ("test", found.test, test_rows)):
+    for name, path, wanted in parts:
         positions = np.flatnonzero(splits == name)
         if len(positions) < wanted:
             raise SubmissionError(f"{folder.name}: {len(positions)} rows of split {name!r}, {wanted} are needed")
         opened.write_subset(sorted(int(row) for row in rng.choice(positions, size=wanted, replace=False)), path)
-    return found

@@ -12,9 +12,9 @@ from pipeline.errors import ConfigError
 
 
 class Section(pydantic.BaseModel):
-    """Base of all sections: frozen, and unknown keys are errors."""
+    """Base of all sections: frozen, and unknown keys are errors; a number is finite, for a stage's key is JSON."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class IngestConfig(Section):
@@ -175,7 +175,12 @@ def load_config(path: pathlib.Path | None = None, **changes: Any) -> RunConfig:
     if path is not None:
         try:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (
+            OSError,
+            ValueError,
+            RecursionError,
+            yaml.YAMLError,
+        ) as error:  # a date out of range, a number too long, deep nesting
             raise ConfigError(f"{path}: the configuration can't be read: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{path}: the configuration must be a mapping of sections, not {type(loaded).__name__}")

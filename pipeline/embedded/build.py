@@ -70,7 +70,7 @@ class Recipe:
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    """The architecture: 64 px pictures, 64 image tokens, 6 tower layers, 8 decoder layers of 4 heads."""
+    """The architecture: 64 px pictures, 64 image tokens, 5 tower layers, 8 decoder layers of 4 heads."""
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=128,
@@ -178,8 +178,8 @@ def pack(pairs: list[list[tuple[str, str]]], tokenizer: PreTrainedTokenizerFast)
     """Pack each picture's questions behind one prompt.
 
     Returns:
-        input_ids, position_ids, labels (pictures, tokens); weights (pictures, tokens), which make every answer count the same;
-        mask, bool (pictures, 1, tokens, tokens), True where attention may go.
+        input_ids, position_ids, labels (pictures, tokens); weights (pictures, tokens), by which an answer counts as the root of its
+        length; mask, bool (pictures, 1, tokens, tokens), True where attention may go.
     """
     prefix = tokenizer(PROMPT)["input_ids"]
     at = prefix.index(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))

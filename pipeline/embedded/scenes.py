@@ -211,13 +211,15 @@ def _one_of_a_kind(scene: Scene, names: list[str], rng: np.random.Generator) -> 
     return unique[int(rng.integers(len(unique)))] if unique else None
 
 
-def _ask_presence(scene: Scene, rng: np.random.Generator) -> QuestionAnswer:
-    """`is there a ...?`, answered yes and no equally often."""
+def _ask_presence(scene: Scene, rng: np.random.Generator) -> QuestionAnswer | None:
+    """`is there a ...?`, answered yes and no equally often; None where it would be no, and nothing is absent."""
     yes = rng.random() < 0.5
     form = int(rng.integers(3))
     present = {0: {o.shape for o in scene.objects}, 1: {o.colour for o in scene.objects}, 2: {o.name for o in scene.objects}}[form]
     everything = {0: list(SHAPES), 1: list(COLOURS), 2: [f"{c} {s}" for c in COLOURS for s in SHAPES]}[form]
     pool = sorted(present) if yes else [name for name in everything if name not in present]
+    if not pool:
+        return None
     name = str(pool[int(rng.integers(len(pool)))])
     thing = f"something {name}" if form == 1 else f"{'an' if name[0] == 'o' else 'a'} {name}"
     question = _phrase(rng, f"is there {thing}?", f"do you see {thing} in the picture?")

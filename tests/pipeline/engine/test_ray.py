@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 
 from pipeline.config import EngineConfig
