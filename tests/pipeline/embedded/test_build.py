@@ -9,7 +9,7 @@ import multiprocessing.pool
 import pathlib
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -49,8 +49,17 @@ PAIRS = [
     [("what color is the circle?", "red"), ("repeat: Ab 1{", "Ab 1{"), ("is there a star?", "yes")],
     [("describe the picture.", "a red circle and an orange star")],
 ]
+PHASES: tuple[Literal["answers", "review"], ...] = ("answers", "review")
 MINIATURE = Recipe(
-    seed=3, tower_pictures=16, tower_batch=8, answer_pictures=8, answer_batch=4, questions=3, warmup_steps=1, threads=1
+    seed=3,
+    tower_pictures=16,
+    tower_batch=8,
+    answer_pictures=8,
+    review_pictures=4,
+    answer_batch=4,
+    questions=3,
+    warmup_steps=1,
+    threads=1,
 )
 
 
@@ -194,7 +203,7 @@ def test_the_rate() -> None:
     assert rate(0, 3, warmup=1, decay=0.25) == 1.0
 
 
-@pytest.mark.parametrize("phase", ["tower", "answers"])
+@pytest.mark.parametrize("phase", ["tower", "answers", "review"])
 def test_a_chunk_is_of_seed_phase_and_index_alone(phase: Any) -> None:
     first = make_chunk(phase, 1, 6, Recipe())
     assert same(first, make_chunk(phase, 1, 6, Recipe(threads=1, tower_rate=1.0)))
@@ -228,6 +237,10 @@ def test_the_questions_of_a_chunk() -> None:
         assert any("is there" in question or "do you see" in question for question, _ in asked)
         assert any(answer.isdigit() for _, answer in asked)
     assert max(len(pairs) for pairs in chunk.pairs) >= recipe.questions
+    review = make_chunk("review", 0, 60, recipe)
+    places = [sum("where is" in question or "which part" in question for question, _ in pairs) for pairs in review.pairs]
+    assert min(places) == 0, "a picture of two alike has no place to ask for"
+    assert np.mean(places) > 3
     few = make_chunk("answers", 0, 60, dataclasses.replace(recipe, questions=2, repeat_share=0.0))
     assert max(len(pairs) for pairs in few.pairs) == 2
 
@@ -260,8 +273,10 @@ def test_each_phase_trains_its_part(tokenizer: Any) -> None:
     train_tower(model, MINIATURE)
     assert changed(model, before) == {"vision_tower"}
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    train_answers(model, tokenizer, MINIATURE)
-    assert changed(model, before) == {"projector", "language_model", "lm_head"}
+    for phase in PHASES:
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        train_answers(model, tokenizer, MINIATURE, phase)
+        assert changed(model, before) == {"projector", "language_model", "lm_head"}
 
 
 @pytest.mark.slow
@@ -273,6 +288,7 @@ def test_a_training_in_miniature(tmp_path: pathlib.Path, capsys: pytest.CaptureF
     told = capsys.readouterr().out
     assert "parameters on" in told
     assert told.count("step 2/2") == 4
+    assert told.count("step 1/1") == 2
     out = tmp_path / "one"
     files = {path.name for path in out.iterdir()}
     assert files == {path.name for path in (tmp_path / "two").iterdir()}

@@ -17,7 +17,7 @@ from pipeline.models import EMBEDDED_BASE, check_model_folder
 
 MOST_BYTES = 12_000_000
 QUESTIONS = 20
-LEAST_RIGHT = dict.fromkeys(KINDS, 0.8) | {"position": 0.6}
+LEAST_RIGHT = dict.fromkeys(KINDS, 0.8)
 """Least exact match per kind of question."""
 SEED = 90_001
 """Of scenes that neither training nor `evaluate` draws."""
