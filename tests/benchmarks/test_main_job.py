@@ -131,12 +131,29 @@ def test_finished_cells_are_found_again(
         monkeypatch.setattr(main_job, name, unwanted)
     measured.run(monkeypatch)
     told = capsys.readouterr().out.splitlines()
-    assert [line.split()[0].rpartition("/")[2] for line in told] == [f"{CELL}.json", "clean.json"]
+    assert [line.split()[0].rpartition("/")[2] for line in told[:2]] == [f"{CELL}.json", "clean.json"]
     assert "groups" not in told[0]
     measured.run(monkeypatch, "--skip-clean")
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert "clean.json" not in capsys.readouterr().out
     measured.run(monkeypatch, "--skip-poisoned")
-    assert "clean.json" in capsys.readouterr().out
+    assert f"{CELL}.json" not in capsys.readouterr().out
+
+
+def test_the_table_has_every_cell_and_its_mean(tmp_path: pathlib.Path) -> None:
+    model = {"clean": 0.5, "asr": 0.25, "flagged": 0.0, "triggered_flagged": 1.0, "triggered_right": 0.75}
+    for seed, f1 in ((0, 1.0), (1, 0.5)):
+        folder = tmp_path / f"seed-{seed}"
+        folder.mkdir()
+        cell = {"detection": {"f1": f1}, "plain": {"bye": {"f1": 0.1}}, **dict.fromkeys(MODELS, model)}
+        (folder / "badnet-0.1-x.json").write_text(json.dumps(cell))
+        (folder / "clean.json").write_text(json.dumps({"default": 0.01 * seed, "bye_quarantine": 0.5, "bye_code_quarantine": 0.0}))
+    lines = main_job.table(tmp_path).splitlines()
+    assert lines[0] == "badnet-0.1-x"
+    assert "| F1 | 1 | 0.5 | 0.75 |" in lines
+    assert "| F1 bye | 0.1 | 0.1 | 0.1 |" in lines
+    assert "| provisional_guarded triggered inputs answered right % | 75 | 75 | 75 |" in lines
+    assert lines[lines.index("clean: % of rows removed") + 2] == "| | seed-0 | seed-1 | mean |"
+    assert "| default | 0 | 1 | 0.5 |" in lines
 
 
 def test_an_unfinished_cell_goes_on_from_the_store(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
