@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline.records import Sample, messages_to_json, question_answer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported, which a test module may do first
 
 COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200), "white": (250, 250, 250)}
 SHARD_SCHEMA = pa.schema(

@@ -10,6 +10,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 import types
@@ -186,7 +187,8 @@ class RayEngine:
 
 def _settle_environment(*, local: bool) -> None:
     """Set what Ray reads when it is imported or started, where the user has not: tokens, loopback, no usage reports."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "ray" not in sys.modules:  # an imported Ray has read it already, and would then refuse its own servers' tokens
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a report waits for the next poll, 2 s by default
