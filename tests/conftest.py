@@ -17,7 +17,8 @@ from PIL import Image
 from pipeline.records import Sample, messages_to_json, question_answer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported, which a test module may do first
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads both when it is imported, which a test module may do first
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200), "white": (250, 250, 250)}
 SHARD_SCHEMA = pa.schema(
