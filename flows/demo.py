@@ -58,10 +58,8 @@ def run_demo(out: pathlib.Path, *, rows: int, seed: int, base: pathlib.Path | No
     data = _make_data(out, rows=rows, seed=seed)
     sanitized = run_sanitize(data / "poisoned" / SUBMISSION, out / "delivery", base=base, config=config, store=out / "store")
     started = time.monotonic()
-    threads = config.engine.threads or 1
-    here = config.engine.model_copy(
-        update={"kind": "local", "threads": threads}
-    )  # Ray's start would take longer than the measuring
+    # In this process: Ray's start would take longer than the measuring.
+    here = config.engine.model_copy(update={"kind": "local", "threads": config.engine.threads or 1})
     with LazyEngine(here) as engine:
         measured = {
             name: _measure(name, sanitized, data / "test", base=base, config=config, seed=seed, out=out, engine=engine)

@@ -175,12 +175,7 @@ def load_config(path: pathlib.Path | None = None, **changes: Any) -> RunConfig:
     if path is not None:
         try:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (
-            OSError,
-            ValueError,
-            RecursionError,
-            yaml.YAMLError,
-        ) as error:  # a date out of range, a number too long, deep nesting
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date out of range, a number too long
             raise ConfigError(f"{path}: the configuration can't be read: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{path}: the configuration must be a mapping of sections, not {type(loaded).__name__}")

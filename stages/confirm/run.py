@@ -111,7 +111,7 @@ def _draw(
     table: pa.Table, members: pathlib.Path, numbers: Sequence[int], most: int, seed: int
 ) -> dict[int, tuple[list[Place], list[Place]]]:
     """Per group its hosts, none of them of the group, and as many of its shifted members; groups that lack either are left out."""
-    places = list(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))
+    places = _places(table)
     inside: dict[int, set[int]] = collections.defaultdict(set)
     shifted: dict[int, list[Place]] = collections.defaultdict(list)
     for member in pq.read_table(members).to_pylist():
@@ -139,7 +139,7 @@ def _write_tasks(
 ) -> list[pathlib.Path]:
     """One file per drawn group with all that its experiment needs."""
     found = _examples(rows, {place for pair in drawn.values() for part in pair for place in part})
-    index = {place: k for k, place in enumerate(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))}
+    index = {place: k for k, place in enumerate(_places(table))}
     shards = []
     for group in described:
         if group["group"] not in drawn:
@@ -159,6 +159,10 @@ def _write_tasks(
         shards.append(scratch / f"group-{group['group']:04d}.parquet")
         pq.write_table(pa.Table.from_pylist([task], schema=TASK), shards[-1])
     return shards
+
+
+def _places(table: pa.Table) -> list[Place]:
+    return list(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))
 
 
 def _attended(record: dict[str, Any], layer: int, share: float) -> list[int]:

@@ -12,8 +12,8 @@ import torch
 from pipeline.attention import LayerStatistics, Tap, attach, base_of, prompt_regions, reduce_layer, tapped
 from pipeline.decoder import attention_layers
 from pipeline.errors import ModelError
+from pipeline.generation import encode_on
 from pipeline.models import Dtype, image_token_id, load_adapter, load_base
-from pipeline.prompts import encode_prompts
 from pipeline.records import Example, examples_of, sample_from_record
 
 LISTS = ("entropy", "head_entropy", "image_share", "ratio", "top_positions", "top_weights")
@@ -28,6 +28,7 @@ class ExtractWorker:
         if adapter is not None:
             self.model = load_adapter(self.model, pathlib.Path(adapter))
         attach(self.model)
+        self.layers = len(attention_layers(base_of(self.model)))
         self.batch_size = batch_size
         self.top_tokens = top_tokens
 
@@ -44,7 +45,7 @@ class ExtractWorker:
     @torch.inference_mode()
     def statistics(self, examples: list[Example]) -> list[dict[str, Any]]:
         """The statistics of a batch of examples, one mapping of flat float32 arrays each."""
-        inputs = {name: value.to(self.model.device) for name, value in encode_prompts(self.processor, examples).items()}
+        inputs = encode_on(self.model, self.processor, examples)
         regions = prompt_regions(inputs["input_ids"], inputs["attention_mask"], image_token_id(self.model.config))
         layers: dict[int, LayerStatistics] = {}
 
@@ -53,7 +54,7 @@ class ExtractWorker:
 
         with tapped(Tap(observer=observe)):
             self.model(**inputs, use_cache=False, logits_to_keep=1)
-        ordered = _in_order(layers, len(attention_layers(base_of(self.model))))
+        ordered = _in_order(layers, self.layers)
         stacked = {name: torch.stack([getattr(layer, name) for layer in ordered], dim=1).cpu().numpy() for name in LISTS}
         tokens = regions.image.sum(-1).cpu().numpy()
         shape = stacked["ratio"].shape

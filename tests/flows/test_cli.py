@@ -212,6 +212,14 @@ def left_over(session: int, seconds: float = 20) -> list[str]:
         time.sleep(0.5)
 
 
+def on_ray(poisoned: pathlib.Path, base: pathlib.Path, config_file: pathlib.Path) -> list[str | pathlib.Path]:
+    """What to sanitize a poisoned submission with, in the folder that the process is started in."""
+    return [
+        "sanitize", poisoned / "submission", "--base", base, "--out", "delivery", "--config", config_file,
+        "--store", "store", "--engine", "ray",
+    ]  # fmt: skip
+
+
 def temporary_folders() -> set[str]:
     return {path.name for path in pathlib.Path(tempfile.gettempdir()).iterdir() if path.name.startswith(("bs", "byesight-"))}
 
@@ -223,10 +231,7 @@ def test_on_ray_with_a_temporary_server_and_nothing_left(
     poisoned: pathlib.Path, tiny_base: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     before = temporary_folders()
-    arguments: list[str | pathlib.Path] = [
-        "sanitize", poisoned / "submission", "--base", tiny_base, "--out", "delivery", "--config", config_file,
-        "--store", "store", "--engine", "ray",
-    ]  # fmt: skip
+    arguments = on_ray(poisoned, tiny_base, config_file)
     process = start(arguments, tmp_path)
     output, _ = process.communicate(timeout=380)
     assert process.returncode == 0, output
@@ -244,10 +249,7 @@ def test_sigterm_leaves_nothing_and_the_run_goes_on(
     poisoned: pathlib.Path, tiny_base: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     before = temporary_folders()
-    arguments: list[str | pathlib.Path] = [
-        "sanitize", poisoned / "submission", "--base", tiny_base, "--out", "delivery", "--config", config_file,
-        "--store", "store", "--engine", "ray",
-    ]  # fmt: skip
+    arguments = on_ray(poisoned, tiny_base, config_file)
     process = start(arguments, tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("store/.scratch/provisional-*/ray/*")) and time.monotonic() < deadline:
