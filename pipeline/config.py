@@ -115,6 +115,14 @@ class GuardConfig(Section):
     whitening: Literal["full", "diagonal"] = pydantic.Field(
         "full", description="`diagonal` as published, or `full`: covariance with Ledoit-Wolf shrinkage."
     )
+    suspicion_rate: float = pydantic.Field(
+        0.1,
+        ge=0,
+        lt=0.5,
+        description="Target share of clean inputs, by distance and by a rare first token each, that are tried causally: their "
+        "picture tokens are planted into a few kept prompts. 0: none, as published.",
+    )
+    hosts: int = pydantic.Field(8, ge=6, le=64, description="Kept prompts that suspicious inputs are tried on.")
     action: Literal["purify", "refuse", "report"] = pydantic.Field("purify", description="What happens to a flagged input.")
 
 

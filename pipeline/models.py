@@ -78,6 +78,27 @@ def base_identity(folder: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
+def load_processor(folder: pathlib.Path) -> Any:
+    """A base's processor, whose tokenizer pads on the left and has a padding token.
+
+    Raises:
+        ModelError: it can't be loaded, or has no tokenizer.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        raise ModelError(f"{folder}: the processor can't be loaded: {error}") from error
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise ModelError(f"{folder}: {type(processor).__name__} has no tokenizer; preprocessor files are missing")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
 def load_base(folder: pathlib.Path, *, dtype: Dtype = "auto", device: torch.device | str | None = None) -> tuple[Any, Any]:
     """Load a base model and its processor from a local folder, after `check_model_folder`.
 
@@ -87,12 +108,12 @@ def load_base(folder: pathlib.Path, *, dtype: Dtype = "auto", device: torch.devi
         device: where the model goes; None takes `pick_device()`.
 
     Returns:
-        The model, in evaluation mode, and the processor, whose tokenizer pads on the left and has a padding token.
+        The model, in evaluation mode, and the processor, as `load_processor` gives it.
 
     Raises:
         ModelError: the folder is refused, can't be loaded, or lacks weights of the architecture.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging as transformers_logging
 
     folder = folder.resolve()
@@ -100,10 +121,10 @@ def load_base(folder: pathlib.Path, *, dtype: Dtype = "auto", device: torch.devi
     where = torch.device(device) if device is not None else pick_device()
     chosen = (torch.bfloat16 if where.type == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     safe = {"trust_remote_code": False, "local_files_only": True}
+    processor = load_processor(folder)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        processor = AutoProcessor.from_pretrained(folder, **safe)
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder, **safe, dtype=chosen, use_safetensors=True, output_loading_info=True
         )
@@ -115,12 +136,6 @@ def load_base(folder: pathlib.Path, *, dtype: Dtype = "auto", device: torch.devi
     absent = sorted(report.get("missing_keys", ())) + [str(key) for key in report.get("mismatched_keys", ())]
     if absent:
         raise ModelError(f"{folder}: {len(absent)} weights are missing or of another shape, first {absent[0]}")
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:
-        raise ModelError(f"{folder}: {type(processor).__name__} has no tokenizer; preprocessor files are missing")
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return model.to(where).eval(), processor
 
 

@@ -10,10 +10,13 @@ from sklearn.covariance import LedoitWolf
 from sklearn.model_selection import KFold
 
 from pipeline.errors import StageError
+from stages.guard.transfer import MAJORITY
 
 Whitening = Literal["full", "diagonal"]
 LEAST_ROWS = 50
 """Fewer reference rows give no usable 1% threshold."""
+_LEFT_OUT = 0.05
+"""Share of the kept rows that the causal test's threshold does not depend on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,7 @@ def calibrate(vectors: np.ndarray, *, false_positive_rate: float, whitening: Whi
     for rest, held in KFold(min(folds, len(vectors)), shuffle=True, random_state=seed).split(vectors):
         mean, matrix, _ = fit_reference(vectors[rest], whitening)
         distances[held] = np.linalg.norm((vectors[held] - mean) @ matrix.T, axis=1)
-    rank = min(len(vectors), int(np.ceil((len(vectors) + 1) * (1 - false_positive_rate) - 1e-9)))
-    threshold = float(np.sort(distances)[rank - 1])
+    threshold = conformal_quantile(distances, false_positive_rate)
     if threshold <= 0:
         raise StageError("the guard's reference rows do not differ in their attention; they can't tell what is usual")
     mean, matrix, shrinkage = fit_reference(vectors, whitening)
@@ -85,6 +87,45 @@ def calibrate(vectors: np.ndarray, *, false_positive_rate: float, whitening: Whi
     return Calibration(
         mean=mean, deviation=deviation, whitening=matrix, threshold=threshold, distances=distances, shrinkage=shrinkage
     )
+
+
+def conformal_quantile(values: np.ndarray, rate: float) -> float:
+    """The value of rank ceil((rows + 1)(1 - rate)), at most the largest: a new one exceeds it with the rate."""
+    rank = min(len(values), int(np.ceil((len(values) + 1) * (1 - rate) - 1e-9)))
+    return float(np.sort(values)[rank - 1])
+
+
+def familiar_tokens(first: np.ndarray, rate: float) -> np.ndarray:
+    """First tokens of answers that are usual, so that at most the target share of kept rows begins with another one.
+
+    Args:
+        first: int (rows,), the first token that the model answers each kept prompt with.
+        rate: target share.
+
+    Returns:
+        int64 (tokens,), ascending; empty where so many tokens come once that a new one means nothing.
+    """
+    tokens, counts = np.unique(first, return_counts=True)
+    if (counts == 1).sum() > rate * len(first):  # their share is that of tokens not seen yet (Good and Turing)
+        return np.empty(0, dtype=np.int64)
+    levels = np.unique(counts)
+    rare = max((level for level in levels if counts[counts <= level].sum() <= rate * len(first)), default=0)
+    return np.asarray(tokens[counts > rare], dtype=np.int64)
+
+
+def transfer_threshold(shares: np.ndarray) -> float:
+    """Share of hosts above which the causal test is passed: what kept rows reach by their pictures' honest contents.
+
+    The kept rows may hold some of the attack still, so the largest of them are left out of it.
+
+    Args:
+        shares: float (rows,), of kept rows; NaN where the test can't tell.
+
+    Returns:
+        At least `MAJORITY`; 1, which nothing exceeds, where no row could be tried.
+    """
+    known = shares[np.isfinite(shares)]
+    return max(MAJORITY, float(np.quantile(known, 1 - _LEFT_OUT, method="higher"))) if len(known) else 1.0
 
 
 def layer_thresholds(vectors: np.ndarray, fit: Calibration, layers: int, false_positive_rate: float) -> np.ndarray:

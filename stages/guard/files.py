@@ -16,10 +16,14 @@ from safetensors.torch import load_file, save_file
 from pipeline.errors import ModelError
 from pipeline.models import ADAPTER_WEIGHTS
 from stages.guard.detector import FEATURES, TENSORS, Action, Detector
+from stages.guard.transfer import MAJORITY, TransferRule
 
 GUARD = "guard.json"
 GUARD_TENSORS = "guard.safetensors"
-SCHEMA = 1
+SCHEMA = 2
+_LIMITS = ("distance", "attended", "whole")
+_HOST = "host"
+"""Tensors of the causal test's prompts are named host.BATCH.NAME."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,7 @@ class Guard:
 
     Attributes:
         detector: the reference and the threshold.
+        transfer: the causal test of suspicious inputs, if there is one.
         action: what happens to a flagged input.
         base: identity of the base it was calibrated on.
         adapter: sha256 of the adapter's weights; empty where the base itself is guarded.
@@ -35,6 +40,7 @@ class Guard:
     """
 
     detector: Detector
+    transfer: TransferRule | None = None
     action: Action
     base: str
     adapter: str
@@ -65,11 +71,16 @@ def save_guard(guard: Guard, folder: pathlib.Path) -> None:
         "layers": list(detector.layers),
         "features": list(detector.features),
         "threshold": detector.threshold,
+        "transfer": None,
         "facts": guard.facts,
     }
+    tensors = {name: getattr(detector, name).float() for name in TENSORS}
+    if (rule := guard.transfer) is not None:
+        content["transfer"] = {name: getattr(rule, name) for name in _LIMITS}
+        tensors["familiar"] = rule.familiar
+        tensors |= {f"{_HOST}.{k}.{name}": value for k, batch in enumerate(rule.hosts) for name, value in batch.items()}
     (folder / GUARD).write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    tensors = {name: getattr(detector, name).float().cpu().contiguous() for name in TENSORS}
-    save_file(tensors, folder / GUARD_TENSORS)
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / GUARD_TENSORS)
 
 
 def load_guard(folder: pathlib.Path, *, base: str, adapter: str) -> Guard:
@@ -97,12 +108,13 @@ def load_guard(folder: pathlib.Path, *, base: str, adapter: str) -> Guard:
             raise ModelError(f"{folder / GUARD}: the guard was calibrated on {name} {str(expected)[:16]}, not on {actual[:16]}")
     try:
         detector = _detector(content, tensors)
+        transfer = None if content["transfer"] is None else _transfer(content["transfer"], tensors)
         action, facts = content["action"], dict(content["facts"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{folder}: the guard's files are incomplete or contradict each other: {error}") from error
     if action not in get_args(Action):
         raise ModelError(f"{folder / GUARD}: the action {action!r} is none of {', '.join(get_args(Action))}")
-    return Guard(detector=detector, action=action, base=base, adapter=adapter, facts=facts)
+    return Guard(detector=detector, transfer=transfer, action=action, base=base, adapter=adapter, facts=facts)
 
 
 def _detector(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Detector:
@@ -127,3 +139,24 @@ def _detector(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Dete
         if not (tensors[name] > 0).all():
             raise ValueError(f"{name} is not positive")
     return Detector(layers=layers, features=features, threshold=threshold, **{name: tensors[name].float() for name in TENSORS})
+
+
+def _transfer(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> TransferRule:
+    """Raises KeyError, TypeError or ValueError where the files do not make a causal test."""
+    limits = {name: float(content[name]) for name in _LIMITS}
+    if not math.isfinite(limits["distance"]) or not all(MAJORITY <= limits[name] <= 1 for name in ("attended", "whole")):
+        raise ValueError(f"{limits} are not a distance and two shares of at least {MAJORITY}")
+    familiar = tensors["familiar"]
+    if familiar.dim() != 1 or familiar.dtype != torch.int64:
+        raise ValueError(f"familiar of shape {tuple(familiar.shape)} and type {familiar.dtype} is not a list of tokens")
+    hosts: dict[int, dict[str, torch.Tensor]] = {}
+    for name in sorted(tensors):
+        if name.startswith(f"{_HOST}."):
+            _, number, field = name.split(".", 2)
+            hosts.setdefault(int(number), {})[field] = tensors[name]
+    if sorted(hosts) != list(range(len(hosts))) or not hosts:
+        raise ValueError("there are no prompts for the causal test")
+    for batch in hosts.values():
+        if batch["input_ids"].dim() != 2 or batch["attention_mask"].shape != batch["input_ids"].shape:
+            raise ValueError("the causal test's prompts are not batches of tokens")
+    return TransferRule(hosts=tuple(hosts[k] for k in range(len(hosts))), familiar=familiar, **limits)

@@ -1,9 +1,10 @@
 """A model whose `generate` is watched by CleanSight's detector and purified where it flags.
 
-Detection reads the attention rows of the prefill that `generate` makes anyway. Where a row of the batch is flagged, the prefill
-is run once more with that row's stealing tokens closed from its rewind layer on; logits and cache of the flagged rows are
-replaced, those of the others stay as they were. The tokens stay closed in every decoding step. All state lives in a context
-variable of the call, none on the model.
+Detection reads the attention rows of the prefill that `generate` makes anyway. Suspicious inputs are tried causally
+(`stages.guard.transfer`). Where a row of the batch is flagged, the prefill is run once more with that row's stealing tokens closed
+from its rewind layer on; an input that passed the causal test and still begins the same answer is rewound further. Logits and cache
+of the flagged rows are replaced, those of the others stay as they were. The tokens stay closed in every decoding step. All state
+lives in a context variable of the call, none on the model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -35,6 +37,7 @@ from pipeline.errors import ByeSightError, ConfigError, ModelError
 from pipeline.models import image_token_id
 from stages.guard.detector import Action, Detector, feature_vectors
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
+from stages.guard.transfer import Carried, TransferRule, TransferTest, image_attention
 
 _log = logging.getLogger(__name__)
 
@@ -49,18 +52,19 @@ class GuardRecord:
 
     Attributes:
         ran: whether the detector looked at it (an input without pictures is not looked at).
-        flagged: whether its distance is above the threshold, or not a number.
+        flagged: whether its distance is above the threshold, or not a number, or its picture carries its answer into other prompts.
         distance, threshold: in whitened standard deviations; distance is NaN where it did not run.
+        transfer: share of kept prompts that took over its answer; NaN where it was not suspicious, or the test can't tell.
         tokens_pruned: image tokens closed.
         rewind_layer: the layer from which they are closed; -1 where nothing is.
-        milliseconds: time of the guard's own work for the whole batch: reduction, detection, and the second prefill if there was
-            one.
+        milliseconds: time of the guard's own work for the whole batch: reduction, detection, causal test and further prefills.
     """
 
     ran: bool
     flagged: bool
     distance: float
     threshold: float
+    transfer: float
     tokens_pruned: int
     rewind_layer: int
     milliseconds: float
@@ -77,11 +81,17 @@ class _Call:
     tap: Tap = dataclasses.field(default_factory=Tap)
     regions: PromptRegions | None = None
     empty_cache: Any = None
+    embeddings: torch.Tensor | None = None
     weights: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     statistics: dict[int, LayerStatistics] = dataclasses.field(default_factory=dict)
     records: list[GuardRecord] = dataclasses.field(default_factory=list)
     done: bool = False
     seconds: float = 0.0
+
+    @property
+    def beams(self) -> int:
+        """Rows of the prefill's batch per input."""
+        return 1 if self.regions is None else len(self.regions.image) // self.inputs
 
 
 _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("byesight_guard_call", default=None)
@@ -92,11 +102,18 @@ class GuardedModel:
 
     Use it as a context manager, or call `detach`, to give the model back as it was.
 
+    Args:
+        model: base or PEFT model.
+        detector: calibrated on this very model.
+        transfer: the causal test of suspicious inputs; None leaves all to the detector, as published.
+        action: what happens to flagged inputs.
+
     Raises:
-        ModelError: the model's attention can't be read (`pipeline.decoder`), or has fewer layers than the detector reads.
+        ModelError: the model's attention can't be read (`pipeline.decoder`), it has fewer layers than the detector reads, or
+            picture tokens can't be planted into its prompts.
     """
 
-    def __init__(self, model: Any, detector: Detector, *, action: Action = "purify") -> None:
+    def __init__(self, model: Any, detector: Detector, *, transfer: TransferRule | None = None, action: Action = "purify") -> None:
         self.model = model
         self.detector = detector.to(model.device)
         self.action = action
@@ -111,10 +128,13 @@ class GuardedModel:
                 "%s has layers without attention, which can pass on what the guard closes; the action `refuse` is safer",
                 type(base).__name__,
             )
+        self.rule = transfer
+        self._test = None if transfer is None else TransferTest(model, transfer.hosts)
         self._before = attach(model)
         self._handles = [
             base.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             base.register_forward_hook(self._after_forward, with_kwargs=True),
+            base.get_decoder().register_forward_pre_hook(self._before_decoder, with_kwargs=True),
         ]
 
     def __getattr__(self, name: str) -> Any:
@@ -196,6 +216,12 @@ class GuardedModel:
         call.regions = prompt_regions(input_ids, seen, self._image_token_id)
         call.empty_cache = copy.deepcopy(kwargs.get("past_key_values"))
 
+    def _before_decoder(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """At the prefill of a guarded call: keep the picture as the decoder takes it."""
+        call = _CALL.get()
+        if call is not None and call.owner is self and not call.done and self._test is not None:
+            call.embeddings = kwargs.get("inputs_embeds")
+
     def _after_forward(self, module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """At the prefill of a guarded call: detect, and run flagged rows again with their tokens closed."""
         call = _CALL.get()
@@ -207,20 +233,23 @@ class GuardedModel:
         image = call.regions.image
         ran = image.any(-1)
         distances = torch.full(ran.shape, torch.nan, device=image.device)
+        transfers = distances.clone()
         flagged = torch.zeros_like(ran)
-        pruned = torch.zeros_like(image)
-        layers = torch.full(ran.shape, -1, device=image.device)
+        closing = _Closing.nothing(image)
         if bool(ran.any()):
             if unseen := [layer for layer in self.detector.layers if layer not in call.statistics]:
                 raise ModelError(f"attention layers {unseen} did not run in the prefill; the guard can't judge it")
             vectors = feature_vectors(call.statistics, image.sum(-1), self.detector.layers, self.detector.features)
             distances = self.detector.distances(vectors)
             flagged = ran & ~(distances <= self.detector.threshold)
+            first = output.logits[:, -1].argmax(-1)
+            carried = self._carried(call, ran, distances, first)
+            for k, found in carried.items():
+                transfers[k : k + call.beams] = found.share
+                flagged[k : k + call.beams] |= found.tokens is not None
             if self.action == "purify" and bool(flagged.any()):
-                deviations = self.detector.deviations(vectors)
-                pruned = stealing_tokens(call.weights, image, stealing_heads(self.detector, deviations)) & flagged[:, None]
-                layers = torch.where(pruned.any(-1), rewind_layers(self.detector, deviations), layers)
-                self._run_again(call, module, kwargs, output, pruned, layers)
+                closing = self._closing(call, vectors, flagged, carried)
+                self._run_again(call, module, kwargs, output, closing, first)
         call.weights.clear()
         milliseconds = 1000 * (call.seconds + time.perf_counter() - started)
         call.records = [
@@ -229,31 +258,106 @@ class GuardedModel:
                 flagged=bool(flagged[k]),
                 distance=float(distances[k]),
                 threshold=self.detector.threshold,
-                tokens_pruned=int(pruned[k].sum()),
-                rewind_layer=int(layers[k]),
+                transfer=float(transfers[k]),
+                tokens_pruned=int(closing.tokens[k].sum()),
+                rewind_layer=int(closing.layers[k]),
                 milliseconds=milliseconds,
             )
-            for k in range(0, len(image), len(image) // call.inputs)  # beams of one input are alike
+            for k in range(0, len(image), call.beams)  # beams of one input are alike
         ]
         if self.action == "refuse" and bool(flagged.any()):
             count = sum(record.flagged for record in call.records)
             raise RefusedInputError(f"{count} of {call.inputs} inputs were flagged by the guard and refused")
         return output
 
+    def _carried(self, call: _Call, ran: torch.Tensor, distances: torch.Tensor, first: torch.Tensor) -> dict[int, Carried]:
+        """What the causal test says of the suspicious inputs, by the first row of each (its beams are alike)."""
+        if self._test is None or self.rule is None or call.regions is None:
+            return {}
+        if call.embeddings is None:
+            raise ModelError("the decoder was given no embeddings; the guard can't try suspicious inputs")
+        suspicious = ran & self.rule.suspicious(distances, first)
+        attention = image_attention(call.weights, call.regions.image)
+        found = {}
+        for k in suspicious.nonzero()[:, 0].tolist():
+            if k % call.beams == 0:
+                image = call.regions.image[k]
+                found[k] = self._test.carried(int(first[k]), call.embeddings[k, image], attention[k, image], self.rule)
+        return found
+
+    def _closing(self, call: _Call, vectors: torch.Tensor, flagged: torch.Tensor, carried: Mapping[int, Carried]) -> _Closing:
+        """What is closed in flagged rows, and from where on."""
+        assert call.regions is not None
+        image = call.regions.image
+        deviations = self.detector.deviations(vectors)
+        tokens = stealing_tokens(call.weights, image, stealing_heads(self.detector, deviations)) & flagged[:, None]
+        proven = torch.zeros_like(flagged)
+        for k, found in carried.items():
+            if found.tokens is not None:
+                chosen = torch.zeros_like(image[k])
+                chosen[image[k]] = found.tokens
+                rows = slice(k, k + call.beams)
+                tokens[rows], proven[rows] = chosen, True
+        layers = torch.where(tokens.any(-1), rewind_layers(self.detector, deviations), -1)
+        return _Closing(tokens=tokens, layers=layers, proven=proven, image=image)
+
     @staticmethod
     def _run_again(
-        call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, pruned: torch.Tensor, layers: torch.Tensor
+        call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: _Closing, first: torch.Tensor
     ) -> None:
-        """Close tokens, and replace logits and cache of their prompts by those of a second prefill, in place."""
-        rows = pruned.any(-1)
-        if not bool(rows.any()):
-            return
-        call.tap.block = Block(keys=pruned, from_layer=torch.where(rows, layers, torch.iinfo(torch.int64).max))
-        second = module.forward(**{**kwargs, "past_key_values": call.empty_cache})
-        output.logits[rows] = second.logits[rows]
-        if output.past_key_values is not None:
-            for old, new in zip(output.past_key_values.layers, second.past_key_values.layers, strict=True):
-                _copy_rows(vars(old), vars(new), rows)
+        """Close tokens, and replace logits and cache of their prompts by those of another prefill, in place.
+
+        An input whose picture is proven to carry its answer is closed further until its answer begins otherwise.
+        """
+        rows = closing.tokens.any(-1)
+        while bool(rows.any()):
+            never = torch.iinfo(torch.int64).max
+            call.tap.block = Block(keys=closing.tokens, from_layer=torch.where(closing.layers >= 0, closing.layers, never))
+            again = module.forward(**{**kwargs, "past_key_values": copy.deepcopy(call.empty_cache)})
+            output.logits[rows] = again.logits[rows]
+            if output.past_key_values is not None:
+                for old, new in zip(output.past_key_values.layers, again.past_key_values.layers, strict=True):
+                    _copy_rows(vars(old), vars(new), rows)
+            rows = closing.widen(rows & (again.logits[:, -1].argmax(-1) == first))
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Closing:
+    """What is closed in a batch.
+
+    Attributes:
+        tokens: bool (batch, keys).
+        layers: int (batch,), the layer from which they are closed; -1 where nothing is.
+        proven: bool (batch,), whether the tokens are known to carry the answer.
+        image: bool (batch, keys), all that could be closed.
+    """
+
+    tokens: torch.Tensor
+    layers: torch.Tensor
+    proven: torch.Tensor
+    image: torch.Tensor
+
+    @classmethod
+    def nothing(cls, image: torch.Tensor) -> _Closing:
+        """Nothing is closed."""
+        none = torch.zeros_like(image)
+        return cls(tokens=none, layers=torch.full(image.shape[:1], -1, device=image.device), proven=none.any(-1), image=image)
+
+    def widen(self, rows: torch.Tensor) -> torch.Tensor:
+        """Go on in the proven of some rows: half as many layers earlier, then the whole picture from the first layer on.
+
+        Args:
+            rows: bool (batch,), those in which too little is closed.
+
+        Returns:
+            bool (batch,), the rows in which more is closed now.
+        """
+        rows = rows & self.proven
+        earlier = rows & (self.layers > 0)
+        wider = rows & (self.layers == 0) & (self.tokens != self.image).any(-1)
+        self.layers = torch.where(earlier, self.layers // 2, self.layers)
+        self.tokens = torch.where(wider[:, None], self.image, self.tokens)
+        return earlier | wider
 
 
 def _copy_rows(old: dict[Any, Any], new: dict[Any, Any], rows: torch.Tensor) -> None:

@@ -51,4 +51,4 @@ def load_guarded(
     guard = load_guard(adapter, base=base_identity(base), adapter=adapter_digest(adapter))
     model, processor = load_base(base, dtype=dtype, device=device)
     model = load_adapter(model, adapter)
-    return GuardedModel(model, guard.detector, action=guard.action), processor
+    return GuardedModel(model, guard.detector, transfer=guard.transfer, action=guard.action), processor

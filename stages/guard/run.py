@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -9,22 +10,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.config import GuardConfig
 from pipeline.engine import Engine
 from pipeline.errors import StageError
-from pipeline.models import Dtype, base_identity
-from pipeline.records import Progress, no_progress
-from stages.extract.table import AttentionTable
-from stages.extract.worker import ExtractWorker
-from stages.guard.calibrate import calibrate, layer_thresholds
-from stages.guard.detector import FEATURES, Detector, middle_layers
+from pipeline.models import Dtype, base_identity, load_processor
+from pipeline.prompts import encode_prompts
+from pipeline.records import Example, Progress, examples_of, no_progress, sample_from_record
+from stages.guard.calibrate import Calibration, calibrate, conformal_quantile, familiar_tokens, layer_thresholds, transfer_threshold
+from stages.guard.detector import FEATURES, Detector
 from stages.guard.files import Guard, adapter_digest, save_guard
+from stages.guard.transfer import SCREEN, TransferRule
+from stages.guard.worker import ReferenceWorker
+from stages.score.groups import plain_answer
 from storage.subset import copy_rows, pictured_rows
 
-VERSION = 2
+VERSION = 3
 CALIBRATION = "calibration.parquet"
 _BATCH = 32
+_TRIED = 100
+"""Reference rows whose picture tokens are planted into the hosts, for the causal test's thresholds."""
+_CANDIDATES = 8
+"""Kept rows per host that the hosts are picked from."""
 
 
 def run(
@@ -57,7 +65,7 @@ def run(
         progress: called as rows are done.
 
     Returns:
-        The summary: reference_rows, dimensions, threshold, shrinkage and the target rate.
+        The summary: reference_rows, dimensions, threshold, shrinkage, the target rate, and the limits of the causal test.
 
     Raises:
         StageError: too few kept rows with pictures, or as `calibrate`.
@@ -67,23 +75,27 @@ def run(
     if not len(drawn):
         raise StageError("the guard has no kept row with a picture to take its reference from")
     shards = copy_rows(rows, scratch / "reference", chosen=drawn)
+    hosts = _write_hosts(rows, kept, base, config, seed, scratch) if config.suspicion_rate else []
+    features = FEATURES if config.features == "ratio-entropy" else FEATURES[:1]
     arguments = {
         "base": str(base),
         "adapter": str(adapter),
         "dtype": dtype,
         "batch_size": _BATCH,
-        "top_tokens": 1,
+        "layers": config.layers,
+        "features": features,
+        "hosts": [str(path) for path in hosts],
+        "tried": drawn[:_TRIED].tolist(),
     }
     tables = []
     done = 0
-    for table in engine.map_shards(shards, ExtractWorker, arguments, batch_rows=_BATCH):
+    for table in engine.map_shards(shards, ReferenceWorker, arguments, batch_rows=_BATCH):
         tables.append(table)
         done += len(set(table["row"].to_pylist()))
         progress(done / len(drawn), f"{done} of {len(drawn)} reference rows")
-    attention = AttentionTable.from_arrow(pa.concat_tables(tables).sort_by([("row", "ascending"), ("turn", "ascending")]))
-    layers = tuple(range(attention.layers)) if config.layers == "all" else middle_layers(attention.layers)
-    features = FEATURES if config.features == "ratio-entropy" else FEATURES[:1]
-    vectors = reference_vectors(attention, layers, features)
+    reference = pa.concat_tables(tables).sort_by([("row", "ascending"), ("turn", "ascending")])
+    layers = tuple(reference["layers"][0].as_py())
+    vectors = np.asarray(reference["vector"].combine_chunks().flatten(), dtype=np.float64).reshape(len(reference), -1)
     fit = calibrate(vectors, false_positive_rate=config.false_positive_rate, whitening=config.whitening, seed=seed)
     detector = Detector(
         layers=layers,
@@ -94,21 +106,58 @@ def run(
         threshold=fit.threshold,
         layer_thresholds=torch.from_numpy(layer_thresholds(vectors, fit, len(layers), config.false_positive_rate)).float(),
     )
+    transfer = _rule(reference, fit, hosts, config) if hosts else None
     facts = {
         "reference_rows": len(vectors),
         "false_positive_rate": config.false_positive_rate,
         "whitening": config.whitening,
         "shrinkage": fit.shrinkage,
     }
-    save_guard(
-        Guard(detector=detector, action=config.action, base=base_identity(base), adapter=adapter_digest(adapter), facts=facts), out
+    if transfer is not None:
+        facts |= {"suspicion_rate": config.suspicion_rate, "suspicious_distance": transfer.distance}
+        facts |= {"attended_transfer": transfer.attended, "whole_transfer": transfer.whole}
+    guard = Guard(
+        detector=detector,
+        transfer=transfer,
+        action=config.action,
+        base=base_identity(base),
+        adapter=adapter_digest(adapter),
+        facts=facts,
     )
+    save_guard(guard, out)
     pq.write_table(pa.table({"distance": fit.distances}), out / CALIBRATION)
     return {**facts, "dimensions": vectors.shape[1], "threshold": fit.threshold, "layers": list(layers)}
 
 
-def reference_vectors(attention: AttentionTable, layers: tuple[int, ...], features: tuple[str, ...]) -> np.ndarray:
-    """What the detector reads, for every pictured example; float (examples, layers * features * heads), layers first."""
-    most = np.log(np.maximum(attention.image_tokens, 1))[:, None]
-    values = {"ratio": attention.ratio, "deficit": most[:, None] - attention.head_entropy}
-    return np.concatenate([values[name][:, layer] for layer in layers for name in features], axis=1).astype(np.float64)
+def _rule(reference: pa.Table, fit: Calibration, hosts: list[pathlib.Path], config: GuardConfig) -> TransferRule:
+    """The causal test, with the thresholds that the reference gives."""
+    return TransferRule(
+        hosts=tuple(load_file(path) for path in hosts),
+        distance=min(fit.threshold, conformal_quantile(fit.distances, config.suspicion_rate)),
+        familiar=torch.from_numpy(familiar_tokens(reference["first_token"].to_numpy(), config.suspicion_rate)),
+        attended=transfer_threshold(reference["attended"].to_numpy()),
+        whole=transfer_threshold(reference["whole"].to_numpy()),
+    )
+
+
+def _write_hosts(
+    rows: pathlib.Path, kept: np.ndarray, base: pathlib.Path, config: GuardConfig, seed: int, scratch: pathlib.Path
+) -> list[pathlib.Path]:
+    """Encode kept prompts for the causal test, of answers as various as they come: a first batch of `SCREEN`, and the others."""
+    drawn = np.random.default_rng([seed, 13]).permutation(kept)[: _CANDIDATES * config.hosts]
+    found: dict[str, list[Example]] = {}
+    for shard in copy_rows(rows, scratch / "hosts", chosen=drawn):
+        for record in pq.read_table(shard).to_pylist():
+            for example in examples_of(sample_from_record(record)):
+                if example.images:
+                    found.setdefault(plain_answer(example.answer), []).append(example)
+    order = np.random.default_rng([seed, 17]).permutation(sorted(found))
+    rounds = itertools.zip_longest(*(found[str(answer)] for answer in order))
+    various = [example for turn in rounds for example in turn if example is not None][: config.hosts]
+    processor = load_processor(base)
+    paths = []
+    for k, batch in enumerate((various[:SCREEN], various[SCREEN:])):
+        if batch:
+            paths.append(scratch / f"hosts-{k}.safetensors")
+            save_file({name: value.contiguous() for name, value in encode_prompts(processor, batch).items()}, paths[-1])
+    return paths

@@ -45,7 +45,7 @@ def shared_answers(answers: Sequence[str], *, least: int, most_share: float = 0.
     """
     members: dict[tuple[bool, str], list[int]] = collections.defaultdict(list)
     for index, answer in enumerate(answers):
-        text = _plain(answer)
+        text = plain_answer(answer)
         members[True, text].append(index)
         for phrase in _phrases(text):
             members[False, phrase].append(index)
@@ -61,11 +61,12 @@ def shared_answers(answers: Sequence[str], *, least: int, most_share: float = 0.
 
 def gives(output: str, text: str, *, whole: bool) -> bool:
     """Whether an output is a group's answer, or holds its phrase as whole words; blind to case, spacing and a phrase's points."""
-    found = _plain(output)
+    found = plain_answer(output)
     return found == text if whole else f" {text} " in f" {' '.join(_words(found))} "
 
 
-def _plain(answer: str) -> str:
+def plain_answer(answer: str) -> str:
+    """An answer without its case and spacing: what makes two answers the same."""
     return " ".join(answer.casefold().split())
 
 

@@ -433,8 +433,8 @@ def test_two_threads_at_once(model: Any, batch: Batch, tiny_model: tuple[Any, An
     for (sequences, records), found in zip(alone, results, strict=True):
         for given, noted in found:
             assert torch.equal(given, sequences)
-            assert [dataclasses.replace(r, milliseconds=0, distance=0) for r in noted] == [
-                dataclasses.replace(r, milliseconds=0, distance=0) for r in records
+            assert [dataclasses.replace(r, milliseconds=0, distance=0, transfer=0) for r in noted] == [
+                dataclasses.replace(r, milliseconds=0, distance=0, transfer=0) for r in records
             ]
 
 

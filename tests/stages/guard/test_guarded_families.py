@@ -18,7 +18,7 @@ from stages.extract.worker import ExtractWorker, records_to_table
 from stages.guard.detector import FEATURES, Action, Detector, feature_vectors
 from stages.guard.guarded import GuardedModel
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
-from stages.guard.run import reference_vectors
+from stages.guard.transfer import TransferTest
 from tests.eager import NEVER, closed, eager_rows, eager_twin, generated, plain_vectors
 from tests.families import FAMILIES, Built, build
 from tests.family_parts import HEADS
@@ -116,7 +116,13 @@ def test_extract_and_guard_read_the_same_layers(name: str) -> None:
     built, seen = build(name), seen_by_eager(name)
     pictured = [example for example in built.examples if example.images]
     worker = ExtractWorker.__new__(ExtractWorker)  # its constructor loads from a folder
-    worker.model, worker.processor, worker.batch_size, worker.top_tokens = built.model, built.processor, 8, 4
+    worker.model, worker.processor, worker.batch_size, worker.top_tokens, worker.layers = (
+        built.model,
+        built.processor,
+        8,
+        4,
+        seen.layers,
+    )
     before = attach(built.model)
     try:
         found = dict(zip([(e.row, e.turn) for e in pictured], worker.statistics(pictured), strict=True))
@@ -125,8 +131,24 @@ def test_extract_and_guard_read_the_same_layers(name: str) -> None:
     table = AttentionTable.from_arrow(records_to_table(pictured, found))
     assert (table.layers, table.heads) == (seen.layers, HEADS)
     assert table.image_tokens.tolist() == seen.image.sum(1)[seen.image.any(1)].tolist()
-    vectors = reference_vectors(table, tuple(range(table.layers)), FEATURES)
+    values = {"ratio": table.ratio, "deficit": np.log(table.image_tokens)[:, None, None] - table.head_entropy}
+    vectors = np.concatenate([values[name][:, layer] for layer in range(table.layers) for name in FEATURES], axis=1)
     np.testing.assert_allclose(vectors, seen.vectors[seen.image.any(1)], atol=VECTOR)
+
+
+def test_planting_every_picture_token_gives_the_other_prompt_its_answer(name: str) -> None:
+    """A host that is given its own picture answers as it did; one that is given nothing takes nothing over."""
+    built = build(name)
+    test = TransferTest(built.model, [built.batch])
+    (host,) = test._hosts
+    with torch.inference_mode():
+        for k in host.image.any(1).nonzero()[:, 0].tolist():
+            tokens = host.embeddings[k, host.image[k]]
+            everything = torch.ones(len(tokens), dtype=torch.bool)
+            planted = host.planted(tokens, everything)
+            assert torch.equal(planted[k], host.embeddings[k])
+            assert test._first_tokens(host, planted)[k] == host.own[k]
+            assert torch.equal(host.planted(tokens, ~everything), host.embeddings)
 
 
 def plain_run(built: Built, **more: Any) -> Any:

@@ -11,20 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from pipeline.attention import LayerStatistics
 from pipeline.config import GuardConfig
 from pipeline.errors import ModelError, StageError
 from pipeline.generation import answer
 from pipeline.models import base_identity
 from pipeline.records import Sample, examples_of, question_answer
-from stages.extract.table import AttentionTable
-from stages.guard.detector import FEATURES, feature_vectors
+from stages.guard.detector import FEATURES
 from stages.guard.files import GUARD, GUARD_TENSORS, adapter_digest, load_guard
 from stages.guard.guarded import RefusedInputError
 from stages.guard.load import adapter_folder, load_guarded
-from stages.guard.run import CALIBRATION, reference_vectors, run
+from stages.guard.run import CALIBRATION, run
 from tests.conftest import write_shards
 from tests.stages.samples import noise
 
@@ -124,39 +121,6 @@ def test_too_few_kept_rows(stage: Stage) -> None:
         stage.run("a", kept=range(10))
     with pytest.raises(StageError, match="no kept row with a picture"):
         stage.run("b", kept=range(5, 6))
-
-
-def test_the_stage_and_the_server_read_the_same_features() -> None:
-    """What calibration stacks with numpy is what detection stacks with torch."""
-    torch.manual_seed(0)
-    ratio, head_entropy = torch.randn(3, LAYERS, HEADS), torch.rand(3, LAYERS, HEADS)
-    tokens = torch.tensor([64, 128, 576])
-    table = AttentionTable(
-        row=np.arange(3),
-        turn=np.zeros(3, int),
-        question=["q"] * 3,
-        answer=["a"] * 3,
-        image_tokens=tokens.numpy(),
-        entropy=np.zeros((3, LAYERS)),
-        head_entropy=head_entropy.numpy(),
-        image_share=np.zeros((3, LAYERS, HEADS)),
-        ratio=ratio.numpy(),
-    )
-    empty = torch.zeros(3)
-    statistics = {
-        layer: LayerStatistics(
-            entropy=empty,
-            head_entropy=head_entropy[:, layer],
-            image_share=ratio[:, layer],
-            ratio=ratio[:, layer],
-            top_positions=empty,
-            top_weights=empty,
-        )
-        for layer in range(LAYERS)
-    }
-    for layers, features in (((0, 1, 2), FEATURES), ((1,), ("ratio",)), ((0, 2), ("deficit",))):
-        expected = feature_vectors(statistics, tokens, layers, features).numpy()
-        assert reference_vectors(table, layers, features) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.fixture

@@ -1,0 +1,109 @@
+"""The actor of the guard stage: what a guarded prefill would see of kept rows."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file
+
+from pipeline.attention import LayerStatistics, PromptRegions, Tap, attach, base_of, prompt_regions, reduce_layer, tapped
+from pipeline.decoder import attention_layers
+from pipeline.generation import encode_on
+from pipeline.models import Dtype, image_token_id, load_adapter, load_base
+from pipeline.records import Example, examples_of, sample_from_record
+from stages.guard.detector import feature_vectors, middle_layers
+from stages.guard.transfer import TransferTest, attended, image_attention
+
+REFERENCE = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("turn", pa.int32()),
+        ("layers", pa.list_(pa.int32())),
+        ("vector", pa.list_(pa.float32())),
+        ("first_token", pa.int64()),
+        ("attended", pa.float64()),
+        ("whole", pa.float64()),
+    ]
+)
+"""One pictured example: the layers read, the detection vector, the first token of the answer, and the shares of hosts that take it
+over with its attended tokens and with its whole picture planted; NaN where these were not tried, or can't tell."""
+
+
+class ReferenceWorker:
+    """Holds the model that is guarded; turns canonical records into reference records."""
+
+    def __init__(
+        self,
+        *,
+        base: str,
+        adapter: str,
+        dtype: Dtype,
+        batch_size: int,
+        layers: Literal["all", "middle"],
+        features: Sequence[str],
+        hosts: Sequence[str],
+        tried: Collection[int],
+    ) -> None:
+        model, self.processor = load_base(pathlib.Path(base), dtype=dtype)
+        self.model = load_adapter(model, pathlib.Path(adapter))
+        attach(self.model)
+        count = len(attention_layers(base_of(self.model)))
+        self.layers = tuple(range(count)) if layers == "all" else middle_layers(count)
+        self.features = tuple(features)
+        self.batch_size = batch_size
+        self.test = TransferTest(self.model, [load_file(path) for path in hosts]) if hosts else None
+        self.tried = frozenset(tried)
+        self._image_token = image_token_id(base_of(self.model).config)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        samples = [sample_from_record(record) for record in table.to_pylist()]
+        examples = [example for sample in samples for example in examples_of(sample) if example.images]
+        batches = (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))
+        return pa.Table.from_pylist([record for batch in batches for record in self.records(batch)], schema=REFERENCE)
+
+    @torch.inference_mode()
+    def records(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """The reference records of a batch."""
+        inputs = encode_on(self.model, self.processor, examples)
+        regions = prompt_regions(inputs["input_ids"], inputs["attention_mask"], self._image_token)
+        weights: dict[int, torch.Tensor] = {}
+        statistics: dict[int, LayerStatistics] = {}
+        embeddings: list[torch.Tensor] = []
+
+        def observe(layer: int, row: torch.Tensor) -> None:
+            if layer in self.layers:
+                weights[layer], statistics[layer] = row, reduce_layer(row, regions, top=1)
+
+        def keep(_module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            embeddings.append(kwargs["inputs_embeds"])
+
+        handle = base_of(self.model).get_decoder().register_forward_pre_hook(keep, with_kwargs=True) if self.test else None
+        try:
+            with tapped(Tap(observer=observe)):
+                first = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
+        finally:
+            if handle is not None:
+                handle.remove()
+        vectors = feature_vectors(statistics, regions.image.sum(-1), self.layers, self.features).cpu().numpy()
+        attention = image_attention(weights, regions.image)
+        records = []
+        for k, example in enumerate(examples):
+            record = {"row": example.row, "turn": example.turn, "layers": self.layers, "vector": vectors[k]}
+            shares = self._shares(int(first[k]), embeddings[0][k], attention[k], regions, k) if example.row in self.tried else {}
+            records.append({**record, "first_token": int(first[k]), "attended": float("nan"), "whole": float("nan"), **shares})
+        return records
+
+    def _shares(
+        self, first: int, embeddings: torch.Tensor, attention: torch.Tensor, regions: PromptRegions, k: int
+    ) -> dict[str, float]:
+        """The shares of hosts that take over an example's answer."""
+        if self.test is None:
+            return {}
+        image = regions.image[k]
+        some = attended(attention[image])
+        variants = {"attended": some, "whole": torch.ones_like(some)}
+        return {name: self.test.share(first, embeddings[image], chosen, screen=False) for name, chosen in variants.items()}
