@@ -276,10 +276,12 @@ class GuardedModel:
             return {}
         if call.embeddings is None:
             raise ModelError("the decoder was given no embeddings; the guard can't try suspicious inputs")
-        suspicious = ran & self.rule.suspicious(distances, first)
+        suspicious = (ran & self.rule.suspicious(distances, first)).nonzero()[:, 0].tolist()
+        if not suspicious:
+            return {}
         attention = image_attention(call.weights, call.regions.image)
         found = {}
-        for k in suspicious.nonzero()[:, 0].tolist():
+        for k in suspicious:
             if k % call.beams == 0:
                 image = call.regions.image[k]
                 found[k] = self._test.carried(int(first[k]), call.embeddings[k, image], attention[k, image], self.rule)

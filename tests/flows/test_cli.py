@@ -244,7 +244,7 @@ def test_on_ray_with_a_temporary_server_and_nothing_left(
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_sigterm_leaves_nothing_and_the_run_goes_on(
     poisoned: pathlib.Path, tiny_base: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
