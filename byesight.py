@@ -78,6 +78,7 @@ def load_guarded(
     *,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str | None = None,
+    merge: bool = False,
 ) -> tuple[Any, Any]:
     """Load a delivered adapter with its guard, for serving.
 
@@ -86,6 +87,7 @@ def load_guarded(
         base: folder of the base model; None takes the embedded base.
         dtype: type of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
         device: where the model goes; None takes a GPU if there is one.
+        merge: add the adapter to the base's weights; answers come faster, and the adapter can't be taken off again.
 
     Returns:
         The model, whose `generate` detects and prunes and leaves one record per input in `records`, and the base's processor.
@@ -95,7 +97,7 @@ def load_guarded(
     """
     from stages.guard.load import load_guarded as load
 
-    return load(folder, base, dtype=dtype, device=device)
+    return load(folder, base, dtype=dtype, device=device, merge=merge)
 
 
 def verify_delivery(folder: pathlib.Path | str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import pydantic
 import yaml
@@ -101,8 +102,17 @@ class ClusterConfig(Section):
 
 
 class GuardConfig(Section):
-    """CleanSight on the delivered model."""
+    """CleanSight on the delivered model.
 
+    The policy `cleansight` changes the defaults of what it stands for to what arXiv 2603.12989 publishes; a key given beside it
+    counts.
+    """
+
+    policy: Literal["default", "cleansight"] = pydantic.Field(
+        "default",
+        description="`cleansight`: detection and purification as published (layers: middle, features: ratio, whitening: diagonal, "
+        "threshold: in-sample, suspicion_rate: 0, purification: published).",
+    )
     reference_rows: int = pydantic.Field(400, ge=20, description="Kept rows that the guard is calibrated on.")
     false_positive_rate: float = pydantic.Field(0.01, gt=0, lt=0.5, description="Target share of clean inputs that are flagged.")
     layers: Literal["all", "middle"] = pydantic.Field(
@@ -115,6 +125,10 @@ class GuardConfig(Section):
     whitening: Literal["full", "diagonal"] = pydantic.Field(
         "full", description="`diagonal` as published, or `full`: covariance with Ledoit-Wolf shrinkage."
     )
+    threshold: Literal["cross-validated", "in-sample"] = pydantic.Field(
+        "cross-validated",
+        description="Distances that the threshold is a quantile of: of rows held out of the fit, or `in-sample` as published.",
+    )
     suspicion_rate: float = pydantic.Field(
         0.1,
         ge=0,
@@ -124,6 +138,38 @@ class GuardConfig(Section):
     )
     hosts: int = pydantic.Field(8, ge=6, le=64, description="Kept prompts that suspicious inputs are tried on.")
     action: Literal["purify", "refuse", "report"] = pydantic.Field("purify", description="What happens to a flagged input.")
+    purification: Literal["rewind", "published"] = pydantic.Field(
+        "rewind",
+        description="`rewind`: the prefill is run again with the stealing tokens closed from an early layer on. `published`: what "
+        "any head of the last detection layer attends to with more than `tau` is closed from the next layer on.",
+    )
+    tau: float = pydantic.Field(1e-4, ge=0, lt=1, description="Attention above which the published purification closes a token.")
+    on_error: Literal["raise", "pass"] = pydantic.Field(
+        "raise",
+        description="When the guard itself fails: `raise` answers nothing (fail-closed), `pass` answers unguarded (fail-open).",
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, given: Any) -> Any:
+        return {**CLEANSIGHT, **given} if isinstance(given, dict) and given.get("policy") == "cleansight" else given
+
+    @pydantic.model_validator(mode="after")
+    def _layers_after_the_last(self) -> Self:
+        if self.purification == "published" and self.layers == "all":
+            raise ValueError("purification: published closes tokens after the last layer that is read; it needs layers: middle")
+        return self
+
+
+CLEANSIGHT: Mapping[str, Any] = {
+    "layers": "middle",
+    "features": "ratio",
+    "whitening": "diagonal",
+    "threshold": "in-sample",
+    "suspicion_rate": 0.0,
+    "purification": "published",
+}
+"""The guard as published (arXiv 2603.12989, section 4)."""
 
 
 class VerifyConfig(Section):

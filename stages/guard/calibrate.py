@@ -13,6 +13,7 @@ from pipeline.errors import StageError
 from stages.guard.transfer import MAJORITY
 
 Whitening = Literal["full", "diagonal"]
+Threshold = Literal["cross-validated", "in-sample"]
 LEAST_ROWS = 50
 """Fewer reference rows give no usable 1% threshold."""
 _LEFT_OUT = 0.05
@@ -27,7 +28,7 @@ class Calibration:
         mean, deviation: float (dimensions,).
         whitening: float (dimensions, dimensions).
         threshold: distance that a clean prompt exceeds with the target probability.
-        distances: float (rows,), cross-validated distances of the reference rows.
+        distances: float (rows,), those of the reference rows that the threshold is a quantile of.
         shrinkage: Ledoit-Wolf's weight of the scaled identity, 0 to 1.
     """
 
@@ -52,17 +53,27 @@ def fit_reference(vectors: np.ndarray, whitening: Whitening) -> tuple[np.ndarray
     return mean, (axes / np.sqrt(np.maximum(values, 1e-9))).T / deviation, float(fit.shrinkage_)
 
 
-def calibrate(vectors: np.ndarray, *, false_positive_rate: float, whitening: Whitening, seed: int, folds: int = 10) -> Calibration:
+def calibrate(
+    vectors: np.ndarray,
+    *,
+    false_positive_rate: float,
+    whitening: Whitening,
+    seed: int,
+    threshold: Threshold = "cross-validated",
+    folds: int = 10,
+) -> Calibration:
     """Fit on all rows; take the threshold on distances that each row has under a fit without it.
 
-    The published threshold is a quantile of the very distances the fit was made on, which understates it when dimensions are
-    near the number of rows. Here it is the conformal quantile, rank ceil((rows + 1)(1 - rate)), of cross-validated distances.
+    The published threshold is a quantile of the very distances the fit was made on (`in-sample`), which understates it when
+    dimensions are near the number of rows. The default is the conformal quantile, rank ceil((rows + 1)(1 - rate)), of
+    cross-validated distances.
 
     Args:
         vectors: float (rows, dimensions), clean prompts.
         false_positive_rate: target share of clean prompts above the threshold.
         whitening: `full`, with Ledoit-Wolf shrinkage, or `diagonal`, as published.
         seed: of the folds.
+        threshold: which distances it is a quantile of.
         folds: of the cross-validation.
 
     Raises:
@@ -75,18 +86,24 @@ def calibrate(vectors: np.ndarray, *, false_positive_rate: float, whitening: Whi
     if not np.isfinite(vectors).all():
         raise StageError("the guard's reference holds values that are not finite")
     vectors = vectors.astype(np.float64)
+    mean, matrix, shrinkage = fit_reference(vectors, whitening)
+    distances = np.linalg.norm((vectors - mean) @ matrix.T, axis=1)
+    if threshold == "cross-validated":
+        distances = _held_out_distances(vectors, whitening, seed, folds)
+    limit = conformal_quantile(distances, false_positive_rate)
+    if limit <= 0:
+        raise StageError("the guard's reference rows do not differ in their attention; they can't tell what is usual")
+    deviation = np.maximum(vectors.std(axis=0), 1e-6)
+    return Calibration(mean=mean, deviation=deviation, whitening=matrix, threshold=limit, distances=distances, shrinkage=shrinkage)
+
+
+def _held_out_distances(vectors: np.ndarray, whitening: Whitening, seed: int, folds: int) -> np.ndarray:
+    """Each row's distance under a fit without it, float (rows,)."""
     distances = np.empty(len(vectors))
     for rest, held in KFold(min(folds, len(vectors)), shuffle=True, random_state=seed).split(vectors):
         mean, matrix, _ = fit_reference(vectors[rest], whitening)
         distances[held] = np.linalg.norm((vectors[held] - mean) @ matrix.T, axis=1)
-    threshold = conformal_quantile(distances, false_positive_rate)
-    if threshold <= 0:
-        raise StageError("the guard's reference rows do not differ in their attention; they can't tell what is usual")
-    mean, matrix, shrinkage = fit_reference(vectors, whitening)
-    deviation = np.maximum(vectors.std(axis=0), 1e-6)
-    return Calibration(
-        mean=mean, deviation=deviation, whitening=matrix, threshold=threshold, distances=distances, shrinkage=shrinkage
-    )
+    return distances
 
 
 def conformal_quantile(values: np.ndarray, rate: float) -> float:

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ModelError
 from pipeline.models import ADAPTER_WEIGHTS
-from stages.guard.detector import FEATURES, TENSORS, Action, Detector
+from stages.guard.detector import FEATURES, TENSORS, Action, Detector, OnError, Purification
+from stages.guard.purify import TAU
 from stages.guard.transfer import MAJORITY, TransferRule
 
 GUARD = "guard.json"
 GUARD_TENSORS = "guard.safetensors"
 SCHEMA = 2
+_POLICY = {"action": get_args(Action), "purification": get_args(Purification), "on_error": get_args(OnError)}
 _LIMITS = ("distance", "attended", "whole")
 _HOST = "host"
 """Tensors of the causal test's prompts are named host.BATCH.NAME."""
@@ -34,6 +36,8 @@ class Guard:
         detector: the reference and the threshold.
         transfer: the causal test of suspicious inputs, if there is one.
         action: what happens to a flagged input.
+        purification, tau: how it is purified.
+        on_error: what happens when the guard itself fails.
         base: identity of the base it was calibrated on.
         adapter: sha256 of the adapter's weights; empty where the base itself is guarded.
         facts: reference rows, target false positive rate and the like, for people to read.
@@ -42,6 +46,9 @@ class Guard:
     detector: Detector
     transfer: TransferRule | None = None
     action: Action
+    purification: Purification = "rewind"
+    tau: float = TAU
+    on_error: OnError = "raise"
     base: str
     adapter: str
     facts: dict[str, Any]
@@ -67,7 +74,8 @@ def save_guard(guard: Guard, folder: pathlib.Path) -> None:
         "schema": SCHEMA,
         "base": guard.base,
         "adapter": guard.adapter,
-        "action": guard.action,
+        **{name: getattr(guard, name) for name in _POLICY},
+        "tau": guard.tau,
         "layers": list(detector.layers),
         "features": list(detector.features),
         "threshold": detector.threshold,
@@ -109,12 +117,14 @@ def load_guard(folder: pathlib.Path, *, base: str, adapter: str) -> Guard:
     try:
         detector = _detector(content, tensors)
         transfer = None if content["transfer"] is None else _transfer(content["transfer"], tensors)
-        action, facts = content["action"], dict(content["facts"])
+        tau, facts = float(content["tau"]), dict(content["facts"])
+        policy = {name: content[name] for name in _POLICY}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{folder}: the guard's files are incomplete or contradict each other: {error}") from error
-    if action not in get_args(Action):
-        raise ModelError(f"{folder / GUARD}: the action {action!r} is none of {', '.join(get_args(Action))}")
-    return Guard(detector=detector, transfer=transfer, action=action, base=base, adapter=adapter, facts=facts)
+    for name, values in _POLICY.items():
+        if policy[name] not in values:
+            raise ModelError(f"{folder / GUARD}: the {name} {policy[name]!r} is none of {', '.join(values)}")
+    return Guard(detector=detector, transfer=transfer, **policy, tau=tau, base=base, adapter=adapter, facts=facts)
 
 
 def _detector(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Detector:

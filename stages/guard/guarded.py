@@ -9,13 +9,14 @@ lives in a context variable of the call, none on the model.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -35,8 +36,10 @@ from pipeline.attention import (
 from pipeline.decoder import attention_layers, is_hybrid
 from pipeline.errors import ByeSightError, ConfigError, ModelError
 from pipeline.models import image_token_id
-from stages.guard.detector import Action, Detector, feature_vectors
-from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
+from stages.guard.detector import Action, Detector, OnError, Purification, feature_vectors
+from stages.guard.files import Guard
+from stages.guard.purify import TAU, published_tokens, rewind_layers, stealing_heads, stealing_tokens
+from stages.guard.records import Counters, GuardRecord
 from stages.guard.transfer import Carried, TransferRule, TransferTest, image_attention
 
 _log = logging.getLogger(__name__)
@@ -44,30 +47,6 @@ _log = logging.getLogger(__name__)
 
 class RefusedInputError(ByeSightError):
     """The guard's action is `refuse` and at least one input of the call was flagged; `records` says which."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GuardRecord:
-    """What the guard did with one input; holds nothing of the user's content.
-
-    Attributes:
-        ran: whether the detector looked at it (an input without pictures is not looked at).
-        flagged: whether its distance is above the threshold, or not a number, or its picture carries its answer into other prompts.
-        distance, threshold: in whitened standard deviations; distance is NaN where it did not run.
-        transfer: share of kept prompts that took over its answer; NaN where it was not suspicious, or the test can't tell.
-        tokens_pruned: image tokens closed.
-        rewind_layer: the layer from which they are closed; -1 where nothing is.
-        milliseconds: time of the guard's own work for the whole batch: reduction, detection, causal test and further prefills.
-    """
-
-    ran: bool
-    flagged: bool
-    distance: float
-    threshold: float
-    transfer: float
-    tokens_pruned: int
-    rewind_layer: int
-    milliseconds: float
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -107,16 +86,33 @@ class GuardedModel:
         detector: calibrated on this very model.
         transfer: the causal test of suspicious inputs; None leaves all to the detector, as published.
         action: what happens to flagged inputs.
+        purification: how they are purified.
+        tau: attention above which the published purification closes a token.
+        on_error: what happens when the guard itself fails.
 
     Raises:
         ModelError: the model's attention can't be read (`pipeline.decoder`), it has fewer layers than the detector reads, or
             picture tokens can't be planted into its prompts.
     """
 
-    def __init__(self, model: Any, detector: Detector, *, transfer: TransferRule | None = None, action: Action = "purify") -> None:
+    def __init__(
+        self,
+        model: Any,
+        detector: Detector,
+        *,
+        transfer: TransferRule | None = None,
+        action: Action = "purify",
+        purification: Purification = "rewind",
+        tau: float = TAU,
+        on_error: OnError = "raise",
+    ) -> None:
         self.model = model
         self.detector = detector.to(model.device)
         self.action = action
+        self.purification = purification
+        self.tau = tau
+        self.on_error = on_error
+        self._counters = Counters()
         self._last = threading.local()
         base = base_of(model)
         self._image_token_id = image_token_id(base.config)
@@ -137,6 +133,19 @@ class GuardedModel:
             base.get_decoder().register_forward_pre_hook(self._before_decoder, with_kwargs=True),
         ]
 
+    @classmethod
+    def of(cls, model: Any, guard: Guard) -> GuardedModel:
+        """Put a stored guard on the model that it was calibrated on."""
+        return cls(
+            model,
+            guard.detector,
+            transfer=guard.transfer,
+            action=guard.action,
+            purification=guard.purification,
+            tau=guard.tau,
+            on_error=guard.on_error,
+        )
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
@@ -150,6 +159,10 @@ class GuardedModel:
     def records(self) -> list[GuardRecord]:
         """One per input of this thread's last `generate` call; empty where it failed before the detection."""
         return list(getattr(self._last, "records", []))
+
+    def counters(self) -> dict[str, float]:
+        """Totals over all calls and threads since the guard was made, as `Counters.totals`."""
+        return self._counters.totals()
 
     def detach(self) -> None:
         """Remove the hooks and put the model's own attention back."""
@@ -171,7 +184,8 @@ class GuardedModel:
 
         Raises:
             RefusedInputError: the action is `refuse` and an input was flagged.
-            ConfigError: prompts that the guard can't see: embeddings instead of ids, continued caches, padding on the right.
+            ConfigError: prompts that the guard can't see: embeddings instead of ids, continued caches, padding on the right; where
+                `on_error` is `pass`, all but the first are answered unguarded.
         """
         self._last.records = []
         prompt = inputs.get("input_ids", inputs.get("inputs"))
@@ -188,10 +202,32 @@ class GuardedModel:
         finally:
             _CALL.reset(token)
             self._last.records = call.records
+            self._counters.add(call.records, refuses=self.action == "refuse")
+
+    @contextlib.contextmanager
+    def _forgiving(self, call: _Call) -> Iterator[None]:
+        """The guard's own work; where it fails and the policy allows it, the call goes on unguarded."""
+        try:
+            yield
+        except RefusedInputError:
+            raise
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            _log.warning("the guard failed (%s), the answer is unguarded", type(error).__name__)
+            call.done, call.tap.observer, call.tap.block = True, None, None
+            call.records = [GuardRecord.of_failure(self.detector.threshold)] * call.inputs
 
     def _observe(self, call: _Call, layer: int, weights: torch.Tensor) -> None:
         if call.regions is None or layer not in self.detector.layers:
             return
+        with self._forgiving(call):
+            self._reduce(call, layer, weights)
+
+    @staticmethod
+    def _reduce(call: _Call, layer: int, weights: torch.Tensor) -> None:
+        """Keep a layer's row of weights and its statistics."""
+        assert call.regions is not None
         started = time.perf_counter()
         call.weights[layer] = weights[..., : call.prompt]  # a static cache keeps room for more
         call.statistics[layer] = reduce_layer(call.weights[layer], call.regions, top=1)
@@ -200,8 +236,12 @@ class GuardedModel:
     def _before_forward(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the prefill of a guarded call: find the image and the text in the prompt."""
         call = _CALL.get()
-        if call is None or call.owner is not self or call.done:
-            return
+        if call is not None and call.owner is self and not call.done:
+            with self._forgiving(call):
+                self._find_regions(call, kwargs)
+
+    def _find_regions(self, call: _Call, kwargs: dict[str, Any]) -> None:
+        """Where image and text lie in the prompts of a prefill; raises ConfigError where they can't be told."""
         input_ids = kwargs.get("input_ids")
         if input_ids is None or input_ids.shape[1] != call.prompt:
             raise ConfigError(
@@ -229,6 +269,13 @@ class GuardedModel:
             return output
         call.done = True
         call.tap.observer = None
+        with self._forgiving(call):
+            self._judge(call, module, kwargs, output)
+        return output
+
+    def _judge(self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any) -> None:
+        """Detect, purify in place, and write the records; raises RefusedInputError where that is the action."""
+        assert call.regions is not None
         started = time.perf_counter()
         image = call.regions.image
         ran = image.any(-1)
@@ -268,7 +315,6 @@ class GuardedModel:
         if self.action == "refuse" and bool(flagged.any()):
             count = sum(record.flagged for record in call.records)
             raise RefusedInputError(f"{count} of {call.inputs} inputs were flagged by the guard and refused")
-        return output
 
     def _carried(self, call: _Call, ran: torch.Tensor, distances: torch.Tensor, first: torch.Tensor) -> dict[int, Carried]:
         """What the causal test says of the suspicious inputs, by the first row of each (its beams are alike)."""
@@ -291,6 +337,12 @@ class GuardedModel:
         """What is closed in flagged rows, and from where on."""
         assert call.regions is not None
         image = call.regions.image
+        if self.purification == "published":
+            last = self.detector.layers[-1]
+            tokens = published_tokens(call.weights[last], image, self.tau) & flagged[:, None]
+            return _Closing(
+                tokens=tokens, layers=torch.where(tokens.any(-1), last + 1, -1), proven=torch.zeros_like(flagged), image=image
+            )
         deviations = self.detector.deviations(vectors)
         tokens = stealing_tokens(call.weights, image, stealing_heads(self.detector, deviations)) & flagged[:, None]
         proven = torch.zeros_like(flagged)

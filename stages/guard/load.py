@@ -31,6 +31,7 @@ def load_guarded(
     *,
     dtype: Dtype = "auto",
     device: torch.device | str | None = None,
+    merge: bool = False,
 ) -> tuple[GuardedModel, Any]:
     """Load base, adapter and guard.
 
@@ -39,6 +40,7 @@ def load_guarded(
         base: folder of the base model; None takes the embedded base.
         dtype: type of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
         device: where the model goes; None takes a GPU if there is one.
+        merge: add the adapter to the base's weights; answers come faster, and the adapter can't be taken off again.
 
     Returns:
         The guarded model and the base's processor.
@@ -51,4 +53,6 @@ def load_guarded(
     guard = load_guard(adapter, base=base_identity(base), adapter=adapter_digest(adapter))
     model, processor = load_base(base, dtype=dtype, device=device)
     model = load_adapter(model, adapter)
-    return GuardedModel(model, guard.detector, transfer=guard.transfer, action=guard.action), processor
+    if merge:
+        model = model.merge_and_unload()
+    return GuardedModel.of(model, guard), processor

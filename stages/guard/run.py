@@ -96,7 +96,13 @@ def run(
     reference = pa.concat_tables(tables).sort_by([("row", "ascending"), ("turn", "ascending")])
     layers = tuple(reference["layers"][0].as_py())
     vectors = np.asarray(reference["vector"].combine_chunks().flatten(), dtype=np.float64).reshape(len(reference), -1)
-    fit = calibrate(vectors, false_positive_rate=config.false_positive_rate, whitening=config.whitening, seed=seed)
+    fit = calibrate(
+        vectors,
+        false_positive_rate=config.false_positive_rate,
+        whitening=config.whitening,
+        seed=seed,
+        threshold=config.threshold,
+    )
     detector = Detector(
         layers=layers,
         features=features,
@@ -120,6 +126,9 @@ def run(
         detector=detector,
         transfer=transfer,
         action=config.action,
+        purification=config.purification,
+        tau=config.tau,
+        on_error=config.on_error,
         base=base_identity(base),
         adapter=adapter_digest(adapter),
         facts=facts,

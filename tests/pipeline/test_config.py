@@ -12,7 +12,7 @@ import pydantic
 import pytest
 import yaml
 
-from pipeline.config import RunConfig, Section, load_config
+from pipeline.config import CLEANSIGHT, RunConfig, Section, load_config
 from pipeline.errors import ConfigError
 
 SECTIONS = {name: value for name, value in RunConfig() if isinstance(value, Section)}
@@ -145,3 +145,13 @@ def test_a_configuration_does_not_change() -> None:
         config.seed = 1  # type: ignore[misc]
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         config.finetune.epochs = 1  # type: ignore[misc]
+
+
+def test_the_guard_as_published() -> None:
+    guard = load_config(None, guard={"policy": "cleansight", "tau": 0.02, "reference_rows": 200}).guard
+    assert {name: getattr(guard, name) for name in CLEANSIGHT} == dict(CLEANSIGHT)
+    assert (guard.tau, guard.reference_rows) == (0.02, 200)
+    assert load_config(None, guard={"policy": "cleansight", "whitening": "full"}).guard.whitening == "full"
+    assert RunConfig().guard.purification == "rewind"
+    with pytest.raises(ConfigError, match="it needs layers: middle"):
+        load_config(None, guard={"purification": "published"})

@@ -20,8 +20,9 @@ from pipeline.models import load_adapter, load_base
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, question_answer
 from stages.guard.detector import FEATURES, Action, Detector, feature_vectors
-from stages.guard.guarded import GuardedModel, GuardRecord, RefusedInputError
+from stages.guard.guarded import GuardedModel, RefusedInputError
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
+from stages.guard.records import GuardRecord
 from tests.stages.guard.detectors import plain_detector
 from tests.stages.samples import noise
 
