@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--data", default="demo", help="`demo`, or an imagefolder with splits train and test")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=2400)
+    parser.add_argument("--rows", type=int, default=2800)
     parser.add_argument("--test-rows", type=int, default=300)
     parser.add_argument("--trigger", default="badnet")
     parser.add_argument("--rate", type=float, default=0.1)

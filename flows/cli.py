@@ -224,7 +224,13 @@ def verify_command(
 def demo_command(
     out: Annotated[pathlib.Path, typer.Option("--out", metavar="DIR", help="Everything is written here.")] = pathlib.Path("demo"),
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the data, the attack and the run.")] = 0,
-    rows: Annotated[int, typer.Option(min=100, metavar="N", help="Rows of the submission; 10% of them are poisoned.")] = 2400,
+    rows: Annotated[int, typer.Option(min=100, metavar="N", help="Rows of the submission; 10% of them are poisoned.")] = 2800,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N", help="Passes over them in each fine-tune; without it 5, or what --config says.", show_default=False
+        ),
+    ] = None,
     base: Base = None,
     config: Config = None,
     workers: Workers = None,
@@ -233,11 +239,11 @@ def demo_command(
 ) -> None:
     """Make a small submission, poison a tenth of it, sanitize it, and measure what came out against the truth."""
     with _at_work(verbose=verbose):
-        from flows.demo import run_demo
+        from flows.demo import EPOCHS, run_demo
 
-        measured = run_demo(
-            out, rows=rows, seed=seed, base=base, config=_settings(config, seed=seed, workers=workers, engine=engine)
-        )
+        passes = EPOCHS if epochs is None and config is None else epochs
+        settings = _settings(config, seed=seed, workers=workers, engine=engine, epochs=passes)
+        measured = run_demo(out, rows=rows, seed=seed, base=base, config=settings)
     from flows.demo import demo_table
 
     Console().print(*demo_table(measured))
@@ -308,6 +314,7 @@ def _settings(
     seed: int | None = None,
     workers: int | None = None,
     engine: str | None = None,
+    epochs: float | None = None,
     format: str | None = None,  # noqa: A002
 ) -> Any:
     """The run configuration: the file's, with what was said on the command line."""
@@ -317,6 +324,8 @@ def _settings(
     changes: dict[str, Any] = {"engine": {name: value for name, value in parts.items() if value is not None}}
     if seed is not None:
         changes["seed"] = seed
+    if epochs is not None:
+        changes["finetune"] = {"epochs": epochs}
     if format is not None:
         changes["ingest"] = {"format": format}
     return load_config(config, **{name: change for name, change in changes.items() if change != {}})
