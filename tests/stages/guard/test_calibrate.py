@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from pipeline.errors import StageError
-from stages.guard.calibrate import LEAST_ROWS, Whitening, calibrate, fit_reference, layer_thresholds
+from stages.guard.calibrate import (
+    LEAST_ROWS,
+    Whitening,
+    calibrate,
+    conformal_quantile,
+    familiar_tokens,
+    fit_reference,
+    layer_thresholds,
+    transfer_threshold,
+)
+from stages.guard.transfer import MAJORITY
 
 DIMENSIONS = 64
 
@@ -124,3 +134,97 @@ def test_layer_thresholds() -> None:
     flat[:, 0] = np.arange(60)
     fit = calibrate(flat, false_positive_rate=0.01, whitening="diagonal", seed=0)
     assert (layer_thresholds(flat, fit, 2, 0.01) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "rate", "rank"),
+    [
+        (9, 0.1, 9),
+        (9, 0.2, 8),
+        (9, 0.15, 9),
+        (19, 0.1, 18),
+        (9, 0.01, 9),  # so few rows hold no value that rare: the largest
+        (9, 0.0, 9),
+        (1, 0.3, 1),
+        (24, 0.44, 14),  # 25 * 0.56 is a little more than 14 in floating point
+    ],
+)
+def test_the_conformal_rank(rows: int, rate: float, rank: int) -> None:
+    values = np.random.default_rng(0).permutation(np.arange(1.0, rows + 1))
+    assert conformal_quantile(values, rate) == rank
+    assert conformal_quantile(values * 1e-9 - 5, rate) == pytest.approx(rank * 1e-9 - 5, abs=1e-15)
+
+
+def test_a_new_value_exceeds_the_quantile_with_the_rate() -> None:
+    """On 19 values, where the plain quantile of them would be exceeded more often."""
+    generator = np.random.default_rng(0)
+    values = generator.exponential(size=(20000, 20))
+    limits = np.array([conformal_quantile(row[:19], 0.1) for row in values])
+    assert (values[:, 19] > limits).mean() == pytest.approx(0.1, abs=0.007)
+    assert (values[:, 19] > np.quantile(values[:, :19], 0.9, axis=1)).mean() > 0.11
+
+
+FAMILIAR: dict[str, tuple[dict[int, int], float, list[int]]] = {
+    "one token": ({7: 100}, 0.1, [7]),
+    "the rare one is left out": ({7: 50, 3: 45, 9: 5}, 0.1, [3, 7]),
+    "just as rare as the rate": ({7: 50, 3: 45, 9: 5}, 0.05, [3, 7]),
+    "too common for it": ({7: 50, 3: 44, 9: 6}, 0.05, [3, 7, 9]),
+    "equally rare ones go together": ({7: 90, 3: 5, 9: 5}, 0.1, [7]),
+    "or stay together": ({7: 90, 3: 5, 9: 5}, 0.09, [3, 7, 9]),
+    "levels add up": ({7: 90, 1: 4, 2: 3, 3: 2, 4: 1}, 0.06, [1, 7]),
+    "up to the rate": ({7: 90, 1: 4, 2: 3, 3: 2, 4: 1}, 0.1, [7]),
+    "as many singles as the rate": ({7: 90, **dict.fromkeys(range(20, 30), 1)}, 0.1, [7]),
+    "one single more": ({7: 89, **dict.fromkeys(range(20, 31), 1)}, 0.1, []),
+    "all are singles": (dict.fromkeys(range(100), 1), 0.1, []),
+    "one single of few rows": ({7: 8, 3: 1}, 0.1, []),
+    "no single and none rare": ({7: 5, 3: 5}, 0.1, [3, 7]),
+    "a rate of 0": ({7: 98, 3: 2}, 0.0, [3, 7]),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIAR)
+def test_familiar_tokens(name: str) -> None:
+    counts, rate, expected = FAMILIAR[name]
+    first = np.random.default_rng(0).permutation(np.repeat(list(counts), list(counts.values())))
+    found = familiar_tokens(first, rate)
+    assert found.dtype == np.int64
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.3])
+def test_at_most_the_rate_of_kept_rows_begins_with_a_token_that_is_not_familiar(rate: float) -> None:
+    """And no token is left out that is more common than a familiar one."""
+    generator = np.random.default_rng(0)
+    some = 0
+    for _ in range(50):
+        first = generator.zipf(1.0 + 2 * generator.random(), size=200) % 1000
+        found = familiar_tokens(first, rate)
+        if not len(found):
+            continue
+        some += 1
+        tokens, counts = np.unique(first, return_counts=True)
+        rare = ~np.isin(tokens, found)
+        assert counts[rare].sum() <= rate * len(first)
+        assert counts[rare].max(initial=0) < counts[~rare].min()
+    assert some > 5
+
+
+THRESHOLDS: dict[str, tuple[list[float], float]] = {
+    "nothing transfers": ([0.0] * 100, MAJORITY),
+    "less than the majority does": ([0.0] * 50 + [0.375] * 50, MAJORITY),
+    "honest pictures do": ([0.0] * 80 + [0.625] * 20, 0.625),
+    "they always do": ([1.0] * 100, 1.0),
+    "a few attacks are left in": ([0.25] * 96 + [1.0] * 4, MAJORITY),
+    "beside honest transfer": ([0.25] * 76 + [0.75] * 20 + [1.0] * 4, 0.75),
+    "one too many": ([0.25] * 95 + [1.0] * 5, 1.0),
+    "the test often can't tell": ([math.nan] * 60 + [0.0] * 20 + [0.75] * 20, 0.75),
+    "it can for one alone": ([math.nan] * 60 + [0.875], 0.875),
+    "it never can": ([math.nan] * 60, 1.0),
+    "no row was tried": ([], 1.0),
+}
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_transfer_threshold(name: str) -> None:
+    shares, expected = THRESHOLDS[name]
+    assert transfer_threshold(np.random.default_rng(0).permutation(np.array(shares, dtype=np.float64))) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.errors import ModelError
 from stages.guard.detector import TENSORS, Detector
 from stages.guard.files import GUARD, GUARD_TENSORS, Guard, adapter_digest, load_guard, save_guard
+from stages.guard.transfer import TransferRule
 
 BASE, ADAPTER = "b" * 64, "a" * 64
 LAYERS, HEADS = (0, 2), 3
@@ -32,6 +34,23 @@ def guard() -> Guard:
         layer_thresholds=torch.tensor([3.5, 4.5]),
     )
     return Guard(detector=detector, action="report", base=BASE, adapter=ADAPTER, facts={"reference_rows": 400})
+
+
+def ruled(batches: int = 2) -> Guard:
+    """The same guard with a causal test."""
+    generator = torch.Generator().manual_seed(1)
+
+    def batch(rows: int) -> dict[str, torch.Tensor]:
+        return {
+            "pixel_values": torch.randn(rows, 3, 4, 4, generator=generator).bfloat16(),
+            "input_ids": torch.randint(0, 9, (rows, 5 + rows), generator=generator),
+            "attention_mask": torch.ones(rows, 5 + rows, dtype=torch.int64),
+            "image.grid.sizes": torch.randint(0, 9, (rows, 3), generator=generator, dtype=torch.int32),
+        }
+
+    hosts = tuple(batch(rows) for rows in range(2, 2 + batches))
+    rule = TransferRule(hosts=hosts, distance=1 / 7, familiar=torch.tensor([3, 50, 7]), attended=0.5, whole=2 / 3)
+    return dataclasses.replace(guard(), transfer=rule)
 
 
 @pytest.fixture
@@ -55,6 +74,40 @@ def test_equal_guards_have_equal_bytes(folder: pathlib.Path, tmp_path: pathlib.P
     save_guard(guard(), tmp_path / "again")
     for name in (GUARD, GUARD_TENSORS):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("batches", [1, 2, 11])
+def test_a_causal_test_survives(tmp_path: pathlib.Path, batches: int) -> None:
+    """Batches keep their order beyond the tenth, tensors their type and names with points in them."""
+    save_guard(ruled(batches), tmp_path)
+    found, made = load_guard(tmp_path, base=BASE, adapter=ADAPTER).transfer, ruled(batches).transfer
+    assert found is not None
+    assert made is not None
+    assert (found.distance, found.attended, found.whole) == (made.distance, made.attended, made.whole)
+    assert torch.equal(found.familiar, made.familiar)
+    assert found.familiar.dtype == torch.int64
+    assert len(found.hosts) == batches
+    for read, written in zip(found.hosts, made.hosts, strict=True):
+        assert set(read) == set(written)
+        for name, value in written.items():
+            assert read[name].dtype == value.dtype, name
+            assert torch.equal(read[name], value), name
+
+
+def test_a_causal_test_may_know_no_familiar_token(tmp_path: pathlib.Path) -> None:
+    made = ruled()
+    assert made.transfer is not None
+    rule = dataclasses.replace(made.transfer, familiar=torch.zeros(0, dtype=torch.int64))
+    save_guard(dataclasses.replace(made, transfer=rule), tmp_path)
+    found = load_guard(tmp_path, base=BASE, adapter=ADAPTER).transfer
+    assert found is not None
+    assert found.familiar.tolist() == []
+
+
+def test_without_a_causal_test(folder: pathlib.Path) -> None:
+    assert load_guard(folder, base=BASE, adapter=ADAPTER).transfer is None
+    assert json.loads((folder / GUARD).read_text())["transfer"] is None
+    assert set(load_file(folder / GUARD_TENSORS)) == set(TENSORS)
 
 
 def test_a_threshold_that_is_no_number_is_not_written(tmp_path: pathlib.Path) -> None:
@@ -151,6 +204,78 @@ DAMAGE: dict[str, tuple[str, Change]] = {
     "deviation zero": ("deviation is not positive", tensors_with(deviation=poke(2, 0.0))),
     "thresholds negative": ("layer_thresholds is not positive", tensors_with(layer_thresholds=poke(0, -1.0))),
 }
+
+
+LIMITS = {"distance": 2.0, "attended": 0.5, "whole": 0.75}
+
+
+def limits_with(**values: Any) -> Change:
+    return json_with(transfer={key: value for key, value in {**LIMITS, **values}.items() if value is not ...})
+
+
+def renamed(old: str, new: str) -> Change:
+    """A host's tensor, or all of a batch's, under another name."""
+
+    def change(folder: pathlib.Path) -> None:
+        tensors = load_file(folder / GUARD_TENSORS)
+        assert any(name.startswith(old) for name in tensors)
+        found = {f"{new}{name[len(old) :]}" if name.startswith(old) else name: value for name, value in tensors.items()}
+        save_file(found, folder / GUARD_TENSORS)
+
+    return change
+
+
+TRANSFER_DAMAGE: dict[str, tuple[str, Change]] = {
+    "no transfer": ("'transfer'", json_with(transfer=...)),
+    "a list": ("", json_with(transfer=[])),
+    "a number": ("", json_with(transfer=3)),
+    "no distance": ("'distance'", limits_with(distance=...)),
+    "distance NaN": ("not a distance", limits_with(distance=float("nan"))),
+    "distance infinite": ("not a distance", limits_with(distance=float("inf"))),
+    "distance text": ("could not convert", limits_with(distance="far")),
+    "no limit of the attended": ("'attended'", limits_with(attended=...)),
+    "no limit of the whole": ("'whole'", limits_with(whole=...)),
+    "a limit null": ("", limits_with(whole=None)),
+    "a limit NaN": ("two shares of at least 0.5", limits_with(attended=float("nan"))),
+    "a limit below the majority": ("two shares of at least 0.5", limits_with(attended=0.49)),
+    "the other one": ("two shares of at least 0.5", limits_with(whole=0.0)),
+    "a limit above 1": ("two shares of at least 0.5", limits_with(whole=1.01)),
+    "no familiar tokens": ("familiar", tensors_with(familiar=None)),
+    "familiar of floats": ("type torch.float32 is not a list of tokens", tensors_with(familiar=lambda t: t.float())),
+    "familiar of 32 bits": ("type torch.int32 is not a list of tokens", tensors_with(familiar=lambda t: t.int())),
+    "familiar a table": ("is not a list of tokens", tensors_with(familiar=lambda t: t[None].clone())),
+    "familiar a number": ("is not a list of tokens", tensors_with(familiar=lambda t: t[0].clone())),
+    "no hosts": ("there are no prompts", renamed("host.", "guest.")),
+    "no first batch": ("there are no prompts", renamed("host.0.", "guest.0.")),
+    "a batch is left out": ("there are no prompts", renamed("host.1.", "host.2.")),
+    "a batch without a number": ("", renamed("host.1.", "host.one.")),
+    "a tensor without a name": ("", renamed("host.1.input_ids", "host.1")),
+    "no tokens": ("'input_ids'", tensors_with(**{"host.1.input_ids": None})),
+    "no mask": ("'attention_mask'", tensors_with(**{"host.0.attention_mask": None})),
+    "tokens in a row": (
+        "not batches of tokens",
+        tensors_with(**dict.fromkeys(("host.1.input_ids", "host.1.attention_mask"), lambda t: t.flatten())),
+    ),
+    "a mask of fewer rows": ("not batches of tokens", tensors_with(**{"host.0.attention_mask": lambda t: t[:1].clone()})),
+    "a mask of fewer tokens": ("not batches of tokens", tensors_with(**{"host.1.attention_mask": lambda t: t[:, 1:].contiguous()})),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFER_DAMAGE)
+def test_a_causal_test_is_refused(tmp_path: pathlib.Path, name: str) -> None:
+    says, change = TRANSFER_DAMAGE[name]
+    save_guard(ruled(), tmp_path)
+    change(tmp_path)
+    with pytest.raises(ModelError, match=f"incomplete or contradict each other: .*{says}"):
+        load_guard(tmp_path, base=BASE, adapter=ADAPTER)
+
+
+def test_limits_at_the_edges(tmp_path: pathlib.Path) -> None:
+    save_guard(ruled(), tmp_path)
+    limits_with(attended=0.5, whole=1.0)(tmp_path)
+    found = load_guard(tmp_path, base=BASE, adapter=ADAPTER).transfer
+    assert found is not None
+    assert (found.attended, found.whole) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize("name", DAMAGE)

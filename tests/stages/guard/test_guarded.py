@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import pathlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -15,14 +16,16 @@ import torch
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from pipeline.attention import NAME, Block, LayerStatistics, Tap, attached, base_of, prompt_regions, reduce_layer, tapped
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load_adapter, load_base
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, question_answer
 from stages.guard.detector import FEATURES, Action, Detector, feature_vectors
-from stages.guard.guarded import GuardedModel, RefusedInputError
+from stages.guard.guarded import GuardedModel, RefusedInputError, _Closing
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import GuardRecord
+from stages.guard.transfer import Carried, TransferRule, TransferTest, attended, image_attention
+from tests.conftest import picture
 from tests.stages.guard.detectors import plain_detector
 from tests.stages.samples import noise
 
@@ -125,11 +128,12 @@ def chosen_tokens(seen: Prefill, detector: Detector) -> tuple[torch.Tensor, torc
     return stealing_tokens(seen.weights, seen.image, stealing_heads(detector, deviations)), rewind_layers(detector, deviations)
 
 
-def state(model: Any) -> tuple[str, int, int]:
-    """The attention that the decoder's layers look up, and the hooks on the model that generates."""
+def state(model: Any) -> tuple[str, int, int, int]:
+    """The attention that the decoder's layers look up, and the hooks on the model that generates and on its decoder."""
     base = base_of(model)
-    (attention,) = {layer.self_attn.config._attn_implementation for layer in base.get_decoder().layers}
-    return attention, len(base._forward_pre_hooks), len(base._forward_hooks)
+    decoder = base.get_decoder()
+    (attention,) = {layer.self_attn.config._attn_implementation for layer in decoder.layers}
+    return attention, len(base._forward_pre_hooks), len(base._forward_hooks), len(decoder._forward_pre_hooks)
 
 
 @pytest.fixture(autouse=True)
@@ -378,7 +382,7 @@ def test_an_exception_inside_leaves_the_model_as_it_was(model: Any, batch: Batch
 def test_detach(model: Any, batch: Batch) -> None:
     before = state(model)
     guarded = GuardedModel(model, plain_detector(threshold=1e-6))
-    assert state(model) == (NAME, before[1] + 1, before[2] + 1)
+    assert state(model) == (NAME, before[1] + 1, before[2] + 1, before[3] + 1)
     assert guarded.config is model.config, "everything else is the model's own"
     guarded.detach()
     assert state(model) == before
@@ -449,3 +453,449 @@ def test_bfloat16(tiny_base: pathlib.Path, batch: Batch) -> None:
     assert not any(scores.isnan().any() for scores in found.scores)
     assert same_scores(found, plain, [2])
     assert not torch.equal(found.scores[0][0], plain.scores[0][0])
+
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+def coloured(question: str, *colours: str) -> Example:
+    prompt = question_answer(question, "x", len(colours))[:1]
+    return Example(row=0, turn=0, prompt=prompt, answer="", images=tuple(map(picture, colours)))
+
+
+@pytest.fixture(scope="module")
+def hosts(tiny_model: tuple[Any, Any]) -> tuple[Batch, ...]:
+    """The question of the white picture, asked of others: planted whole, it makes them its own prompt."""
+    batches = (["red", "green"], ["blue", "red", "green", "blue"])
+    return tuple(encode_prompts(tiny_model[1], [coloured("what?", colour) for colour in batch]) for batch in batches)
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_model: tuple[Any, Any]) -> Batch:
+    """Four prompts, padded on the left: a white picture, two, none, and one under a longer question."""
+    examples = [
+        coloured("what?", "white"),
+        coloured("what are these two?", "blue", "green"),
+        asked("say yes"),
+        coloured("what might be in this picture here?", "green"),
+    ]
+    return encode_prompts(tiny_model[1], examples)
+
+
+PICTURED = (0, 1, 3)
+
+
+def first_tokens(model: Any, batch: Batch) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(**batch).logits[:, -1].argmax(-1)
+    return found
+
+
+def rule_for(model: Any, batch: Batch, hosts: tuple[Batch, ...], *rows: int, **given: Any) -> TransferRule:
+    """Some rows are suspicious: what the others begin with is familiar."""
+    first = first_tokens(model, batch)
+    others = [k for k in range(len(first)) if k not in rows]
+    assert not torch.isin(first[list(rows)], first[others]).any(), "the test's pictures do not tell answers apart"
+    settings = {"hosts": hosts, "distance": FAR, "familiar": first[others], "attended": 0.5, "whole": 0.5}
+    return TransferRule(**{**settings, **given})
+
+
+def late_detector(**given: Any) -> Detector:
+    """Flags nothing, and rewinds to the last layer."""
+    return dataclasses.replace(plain_detector(threshold=FAR), layer_thresholds=torch.tensor([FAR, FAR, 1e-6]), **given)
+
+
+@dataclasses.dataclass
+class Tried:
+    """What the causal test was asked, and what it said."""
+
+    first: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    attention: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    found: list[Carried] = dataclasses.field(default_factory=list)
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> Tried:
+    """Watches the causal test."""
+    seen, real = Tried(), TransferTest.carried
+
+    def watched(self: TransferTest, first: int, tokens: torch.Tensor, attention: torch.Tensor, rule: TransferRule) -> Carried:
+        seen.first.append(first)
+        seen.tokens.append(tokens)
+        seen.attention.append(attention)
+        seen.found.append(real(self, first, tokens, attention, rule))
+        return seen.found[-1]
+
+    monkeypatch.setattr(TransferTest, "carried", watched)
+    return seen
+
+
+def proven(monkeypatch: pytest.MonkeyPatch, *tokens: int) -> None:
+    """Whatever is tried, these tokens are said to carry it; none says that it is not carried."""
+
+    def carried(_self: TransferTest, _first: int, picture: torch.Tensor, *_: Any) -> Carried:
+        chosen = torch.zeros(len(picture), dtype=torch.bool)
+        chosen[list(tokens)] = True
+        return Carried(share=1.0, tokens=chosen) if tokens else Carried(share=0.25, tokens=None)
+
+    monkeypatch.setattr(TransferTest, "carried", carried)
+
+
+def closed_until_it_answers_otherwise(model: Any, batch: Batch, row: int, tokens: torch.Tensor, layer: int) -> Block:
+    """What is to be closed of one row, found by plain prefills: ever earlier, then its whole picture."""
+    first = first_tokens(model, batch)
+    image = batch["input_ids"] == base_of(model).config.image_token_id
+    only = (torch.arange(len(image)) == row)[:, None]
+    part = torch.zeros_like(image)
+    part[row, image[row]] = tokens
+    layers = [layer]
+    while layers[-1]:
+        layers.append(layers[-1] // 2)
+    with attached(model):
+        for keys, start in [*((part, start) for start in layers), (image & only, 0)]:
+            block = Block(keys=keys, from_layer=torch.where(only[:, 0], start, NEVER))
+            with tapped(Tap(block=block)):
+                if first_tokens(model, batch)[row] != first[row]:
+                    return block
+    raise AssertionError("the test's picture does not matter")
+
+
+def under_block(model: Any, batch: Batch, block: Block, **more: Any) -> Any:
+    with attached(model), tapped(Tap(block=block)), torch.inference_mode():
+        return generated(model, batch, **more)
+
+
+@pytest.mark.parametrize("limits", [{}, {"attended": 1.0}])
+def test_an_input_that_carries_its_answer_is_closed_until_it_gives_another(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], tried: Tried, limits: dict[str, float]
+) -> None:
+    plain = generated(model, mixed, output_logits=True)
+    rule = rule_for(model, mixed, hosts, 0, **limits)
+    with GuardedModel(model, late_detector(), transfer=rule) as guarded:
+        found = generated(guarded, mixed, output_logits=True)
+        records = guarded.records
+    (carried,) = tried.found
+    assert carried.tokens is not None
+    block = closed_until_it_answers_otherwise(model, mixed, 0, carried.tokens, 2)
+    reference = under_block(model, mixed, block)
+    assert torch.equal(found.sequences[0], reference.sequences[0])
+    assert same_scores(found, reference, [0])
+    assert found.logits[0][0].argmax() != plain.logits[0][0].argmax()
+    assert torch.equal(found.sequences[1:], plain.sequences[1:])
+    assert same_scores(found, plain, [1, 2, 3])
+    assert [(record.flagged, record.transfer > 0.5) for record in records] == [(True, True), *[(False, False)] * 3]
+    assert records[0].transfer == carried.share == 1.0
+    assert records[0].distance < records[0].threshold
+    assert (records[0].tokens_pruned, records[0].rewind_layer) == (int(block.keys.sum()), int(block.from_layer[0]))
+    for record in records[1:]:
+        assert math.isnan(record.transfer)
+        assert (record.tokens_pruned, record.rewind_layer) == (0, -1)
+
+
+def test_the_input_that_is_tried(model: Any, mixed: Batch, hosts: tuple[Batch, ...], tried: Tried) -> None:
+    """Its first token, its picture as the decoder takes it, and the attention to it in the layers that are read."""
+    seen = prefill(model, mixed)
+    layers = (0, 2)
+    rule = rule_for(model, mixed, hosts, *range(4), familiar=torch.tensor([-1]))
+    with GuardedModel(model, plain_detector(layers=layers, threshold=FAR), transfer=rule, action="report") as guarded:
+        generated(guarded, mixed)
+    assert tried.first == first_tokens(model, mixed)[list(PICTURED)].tolist()
+    pictures = list(base_of(model).get_image_features(pixel_values=mixed["pixel_values"]).pooler_output)
+    expected = [pictures[0], torch.cat(pictures[1:3]), pictures[3]]
+    for tokens, features in zip(tried.tokens, expected, strict=True):
+        assert torch.equal(tokens, features)
+    attention = image_attention({layer: seen.weights[layer] for layer in layers}, seen.image)
+    for given, row in zip(tried.attention, PICTURED, strict=True):
+        torch.testing.assert_close(given, attention[row, seen.image[row]])
+
+
+@pytest.mark.parametrize(("row", "part"), [(0, "one token"), (1, "one token"), (3, "attended"), (0, "whole")])
+def test_escalation(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], row: int, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the last layer to the first, then the whole picture, and no further than is needed."""
+    seen = prefill(model, mixed)
+    attention = image_attention(seen.weights, seen.image)[row, seen.image[row]]
+    chosen = {"one token": attention == attention.min(), "attended": attended(attention), "whole": attention > -1}[part]
+    plain, block = generated(model, mixed), closed_until_it_answers_otherwise(model, mixed, row, chosen, 2)
+    if part == "one token":
+        assert block.keys.sum() == seen.image[row].sum(), "the token that the answer heeds least matters"
+    reference = under_block(model, mixed, block)
+    proven(monkeypatch, *chosen.nonzero()[:, 0].tolist())
+    with GuardedModel(model, late_detector(), transfer=rule_for(model, mixed, hosts, row)) as guarded:
+        found = generated(guarded, mixed)
+        record = guarded.records[row]
+    assert (record.tokens_pruned, record.rewind_layer) == (int(block.keys.sum()), int(block.from_layer[row]))
+    assert torch.equal(found.sequences[row], reference.sequences[row])
+    assert same_scores(found, reference, [row])
+    others = [k for k in range(4) if k != row]
+    assert torch.equal(found.sequences[others], plain.sequences[others])
+    assert same_scores(found, plain, others)
+
+
+@contextlib.contextmanager
+def stubborn(model: Any, begins: Mapping[int, int]) -> Iterator[list[int]]:
+    """Some rows begin with a token, whatever is closed; gives the number of rows of each forward pass."""
+    passes: list[int] = []
+
+    def insist(_module: torch.nn.Module, _args: tuple[Any, ...], logits: torch.Tensor) -> None:
+        passes.append(len(logits))
+        for row, token in begins.items():
+            logits[row, -1, token] = 1e3
+
+    handle = base_of(model).get_output_embeddings().register_forward_hook(insist)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def test_escalation_ends_with_the_whole_picture(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the answer begins the same after all, as one to the question alone does."""
+    proven(monkeypatch, 0)
+    with GuardedModel(model, late_detector(), transfer=rule_for(model, mixed, hosts, 0)) as guarded:
+        with stubborn(model, {0: 7}) as passes:
+            generated(guarded, mixed, max_new_tokens=1, min_new_tokens=1)
+        record = guarded.records[0]
+    assert (record.tokens_pruned, record.rewind_layer) == (64, 0)
+    assert passes == [4] * (1 + 4), "its own; from layers 2, 1 and 0; the whole picture"
+
+
+def test_a_row_that_is_far_is_not_escalated(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what it is without the causal test, though the row beside it is closed further and both begin the same."""
+    detector = detector_for(prefill(model, mixed), 3, 1)
+    rule = rule_for(model, mixed, hosts, 0)
+    rule = dataclasses.replace(rule, familiar=torch.cat([rule.familiar, torch.tensor([8])]))
+    proven(monkeypatch, 5)
+    with GuardedModel(model, detector) as guarded, stubborn(model, {0: 7, 3: 8}):
+        without = generated(guarded, mixed)
+        before = guarded.records
+    with GuardedModel(model, detector, transfer=rule) as guarded, stubborn(model, {0: 7, 3: 8}):
+        found = generated(guarded, mixed)
+        records = guarded.records
+    assert [record.flagged for record in before] == [False, False, False, True]
+    assert [record.flagged for record in records] == [True, False, False, True]
+    assert (records[0].tokens_pruned, records[0].rewind_layer) == (64, 0)
+    assert (records[3].tokens_pruned, records[3].rewind_layer) == (before[3].tokens_pruned, 1)
+    assert torch.equal(found.sequences[1:], without.sequences[1:])
+    assert same_scores(found, without, [1, 2, 3])
+
+
+def test_proven_tokens_take_the_place_of_stealing_ones(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same row is far and carries its answer."""
+    detector = detector_for(prefill(model, mixed), 0, 0)
+    chosen = [*range(40, 64)]
+    proven(monkeypatch, *chosen)
+    tokens = torch.zeros(64, dtype=torch.bool)
+    tokens[chosen] = True
+    block = closed_until_it_answers_otherwise(model, mixed, 0, tokens, 0)
+    with GuardedModel(model, detector, transfer=rule_for(model, mixed, hosts, 0)) as guarded:
+        found = generated(guarded, mixed)
+        assert guarded.records[0].tokens_pruned == block.keys.sum()
+    assert same_scores(found, under_block(model, mixed, block), [0])
+
+
+LEFT_ALONE: dict[str, tuple[dict[str, Any], float]] = {
+    "not suspicious": ({"familiar": torch.zeros(0, dtype=torch.int64)}, math.nan),
+    "no limit can be exceeded": ({"attended": 1.0, "whole": 1.0}, math.nan),
+    "too few hosts": ({"hosts": 1, "attended": 1.0}, math.nan),
+    "half of the hosts take it over": ({}, 0.5),
+}
+
+
+@pytest.mark.parametrize("action", ["purify", "refuse"])
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_does_not_carry_is_untouched(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], name: str, action: Action, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = generated(model, mixed)
+    given, share = LEFT_ALONE[name]
+    rule = rule_for(model, mixed, hosts[: given.get("hosts")], 0, **{k: v for k, v in given.items() if k != "hosts"})
+    if not math.isnan(share):
+        monkeypatch.setattr(TransferTest, "share", lambda *_, **__: share)
+    with GuardedModel(model, late_detector(), transfer=rule, action=action) as guarded:
+        found = generated(guarded, mixed)
+        records = guarded.records
+    assert torch.equal(found.sequences, plain.sequences)
+    assert same_scores(found, plain, range(4))
+    assert not any(record.flagged for record in records)
+    assert [record.transfer for record in records] == pytest.approx([share, *[math.nan] * 3], nan_ok=True)
+
+
+@pytest.mark.parametrize("action", ["report", "refuse"])
+def test_a_carried_answer_is_reported_or_refused(model: Any, mixed: Batch, hosts: tuple[Batch, ...], action: Action) -> None:
+    plain = generated(model, mixed)
+    with GuardedModel(model, late_detector(), transfer=rule_for(model, mixed, hosts, 0), action=action) as guarded:
+        if action == "refuse":
+            with pytest.raises(RefusedInputError, match="1 of 4 inputs were flagged"):
+                generated(guarded, mixed)
+        else:
+            found = generated(guarded, mixed)
+            assert torch.equal(found.sequences, plain.sequences)
+            assert same_scores(found, plain, range(4))
+        assert [(r.flagged, r.transfer == 1.0, r.tokens_pruned, r.rewind_layer) for r in guarded.records] == [
+            (True, True, 0, -1),
+            *[(False, False, 0, -1)] * 3,
+        ]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}],
+)
+def test_other_ways_to_generate_with_a_causal_test(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], tried: Tried, more: dict[str, Any]
+) -> None:
+    """The beams of an input are tried once and treated alike."""
+    with GuardedModel(model, late_detector(), transfer=rule_for(model, mixed, hosts, 0)) as guarded:
+        found = generated(guarded, mixed, **more)
+        records = guarded.records
+    (carried,) = tried.found
+    assert carried.tokens is not None
+    block = closed_until_it_answers_otherwise(model, mixed, 0, carried.tokens, 2)
+    beams = more.get("num_beams", 1)
+    block = Block(keys=block.keys.repeat_interleave(beams, 0), from_layer=block.from_layer.repeat_interleave(beams))
+    assert torch.equal(found.sequences, under_block(model, mixed, block, **more).sequences)
+    assert [record.flagged for record in records] == [True, False, False, False]
+    assert records[0].transfer == 1.0
+    assert records[0].tokens_pruned == block.keys[0].sum()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_beams_are_tried_once(model: Any, mixed: Batch, hosts: tuple[Batch, ...], tried: Tried, beams: int) -> None:
+    """Three of four inputs, the third has no picture: each is tried with a picture of its own."""
+    rule = rule_for(model, mixed, hosts, *range(4), familiar=torch.tensor([-1]))
+    with GuardedModel(model, late_detector(), transfer=rule, action="report") as guarded:
+        generated(guarded, mixed, num_beams=beams)
+        transfers = [record.transfer for record in guarded.records]
+    assert [len(tokens) for tokens in tried.tokens] == [64, 128, 64]
+    assert transfers == pytest.approx([tried.found[0].share, tried.found[1].share, math.nan, tried.found[2].share], nan_ok=True)
+
+
+def test_who_is_tried(model: Any, mixed: Batch, hosts: tuple[Batch, ...], tried: Tried) -> None:
+    """By distance alone, by either, and by a distance that is no number."""
+    with GuardedModel(model, late_detector()) as guarded:
+        generated(guarded, mixed)
+        distances = [record.distance for record in guarded.records]
+    first = first_tokens(model, mixed)
+    far = max(PICTURED, key=distances.__getitem__)
+    between = sum(sorted((distances[k] for k in PICTURED), reverse=True)[:2]) / 2
+    lost = torch.full((LAYERS * HEADS * 2,), torch.nan)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    for detector, distance, familiar, rows in (
+        (late_detector(), between, nothing, {far}),
+        (late_detector(), between, first[1:], {far, 0}),
+        (late_detector(), FAR, first, set()),
+        (late_detector(mean=lost), FAR, nothing, set(PICTURED)),
+    ):
+        tried.first.clear()
+        rule = rule_for(model, mixed, hosts, 0, distance=distance, familiar=familiar)
+        with GuardedModel(model, detector, transfer=rule, action="report") as guarded:
+            generated(guarded, mixed)
+        assert tried.first == [int(first[k]) for k in sorted(rows)]
+
+
+def test_text_alone_is_never_tried(model: Any, tiny_model: tuple[Any, Any], hosts: tuple[Batch, ...], tried: Tried) -> None:
+    given = encode_prompts(tiny_model[1], [asked("say yes"), asked("say no, please")])
+    rule = TransferRule(hosts=hosts, distance=-1.0, familiar=torch.tensor([-1]), attended=0.5, whole=0.5)
+    plain = generated(model, given)
+    with GuardedModel(model, plain_detector(threshold=1e-9), transfer=rule, action="refuse") as guarded:
+        assert torch.equal(generated(guarded, given).sequences, plain.sequences)
+        assert not any(record.ran or record.flagged for record in guarded.records)
+        assert all(math.isnan(record.transfer) for record in guarded.records)
+    assert tried.first == []
+
+
+def test_an_exception_in_the_causal_test_leaves_the_model_as_it_was(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = generated(model, mixed)
+    before = state(model)
+    rule = rule_for(model, mixed, hosts, 0)
+
+    def burst(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room")
+
+    with GuardedModel(model, late_detector(), transfer=rule) as guarded:
+        inside = state(model)
+        for name in ("carried", "share", "_first_tokens"):
+            with monkeypatch.context() as patch:
+                patch.setattr(TransferTest, name, burst)
+                with pytest.raises(MemoryError):
+                    generated(guarded, mixed)
+            assert guarded.records == []
+            assert state(model) == inside
+            assert torch.equal(generated(model, mixed).sequences, plain.sequences)
+        generated(guarded, mixed)
+        assert [record.flagged for record in guarded.records] == [True, False, False, False]
+    assert state(model) == before
+    monkeypatch.setattr(TransferTest, "_first_tokens", lambda _self, host, _embeddings: host.own + 1)
+    with pytest.raises(ModelError, match="answers otherwise by itself"):
+        GuardedModel(model, late_detector(), transfer=rule)
+    assert state(model) == before
+
+
+def test_a_decoder_that_is_given_no_embeddings(model: Any, mixed: Batch, hosts: tuple[Batch, ...]) -> None:
+    """The guard does not pass what it can't try."""
+    rule = rule_for(model, mixed, hosts, 0)
+
+    def by_position(_module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        order = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+        return tuple(kwargs.pop(name, None) for name in order), kwargs
+
+    with GuardedModel(model, late_detector(), transfer=rule) as guarded:
+        decoder = base_of(model).get_decoder()
+        handle = decoder.register_forward_pre_hook(by_position, with_kwargs=True, prepend=True)
+        try:
+            with pytest.raises(ModelError, match="was given no embeddings"):
+                generated(guarded, mixed)
+        finally:
+            handle.remove()
+        assert guarded.records == []
+
+
+def test_bfloat16_with_a_causal_test(tiny_base: pathlib.Path, mixed: Batch, hosts: tuple[Batch, ...]) -> None:
+    model, _ = load_base(tiny_base, dtype="bfloat16", device="cpu")
+    plain = generated(model, mixed)
+    with GuardedModel(model, late_detector(), transfer=rule_for(model, mixed, hosts, 0)) as guarded:
+        found = generated(guarded, mixed)
+        assert [record.flagged for record in guarded.records] == [True, False, False, False]
+    assert found.scores[0][0].argmax() != plain.scores[0][0].argmax()
+    assert same_scores(found, plain, [1, 2, 3])
+
+
+def test_steps_of_widening() -> None:
+    """Rows: proven from layer 5, from 1, from 0, at the end, not asked for; one that is not proven; one where nothing is closed."""
+    image = torch.tensor([[False, True, True, True]]).repeat(7, 1)
+    part = torch.tensor([[False, True, False, False]]).repeat(7, 1)
+    part[3], part[6] = image[3], False
+    closing = _Closing(
+        tokens=part.clone(),
+        layers=torch.tensor([5, 1, 0, 0, 5, 5, -1]),
+        proven=torch.tensor([True, True, True, True, True, False, False]),
+        image=image,
+    )
+    rows = torch.tensor([True, True, True, True, False, True, False])
+    steps = [
+        ([5, 1, 0, 0, 5, 5, -1], [1, 1, 1, 3, 1, 1, 0], [1, 1, 1, 1, 0, 1, 0]),
+        ([2, 0, 0, 0, 5, 5, -1], [1, 1, 3, 3, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]),
+        ([1, 0, 0, 0, 5, 5, -1], [1, 3, 3, 3, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0]),
+        ([0, 0, 0, 0, 5, 5, -1], [1, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]),
+        ([0, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]),
+        ([0, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0]),
+    ]
+    for number, (layers, tokens, wider) in enumerate(steps):
+        if number:
+            rows = closing.widen(rows)
+        assert closing.layers.tolist() == layers
+        assert closing.tokens.sum(-1).tolist() == tokens
+        assert rows.int().tolist() == wider
+    assert torch.equal(closing.tokens[0], image[0])
+    assert torch.equal(closing.tokens[4], part[4])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
 import pathlib
 import shutil
@@ -11,17 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pipeline.config import GuardConfig
 from pipeline.errors import ModelError, StageError
 from pipeline.generation import answer
 from pipeline.models import base_identity
+from pipeline.prompts import encode_prompts
 from pipeline.records import Sample, examples_of, question_answer
-from stages.guard.detector import FEATURES
+from stages.guard.detector import FEATURES, TENSORS
 from stages.guard.files import GUARD, GUARD_TENSORS, adapter_digest, load_guard
 from stages.guard.guarded import RefusedInputError
 from stages.guard.load import adapter_folder, load_guarded
-from stages.guard.run import CALIBRATION, run
+from stages.guard.run import CALIBRATION, _write_hosts, run
+from stages.guard.transfer import MAJORITY, SCREEN
 from tests.conftest import write_shards
 from tests.stages.samples import noise
 
@@ -99,6 +105,88 @@ def test_what_is_written(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pa
     assert len(distances) == 55
     assert (distances > summary["threshold"]).sum() == 4  # rank ceil(56 * 0.9) of 55
     json.dumps(summary, allow_nan=False)
+
+
+def test_the_causal_test_that_is_written(
+    stage: Stage, tiny_model: tuple[Any, Any], tiny_base: pathlib.Path, tiny_adapter: pathlib.Path
+) -> None:
+    summary, out = stage.run("a", reference_rows=55, layers="middle", hosts=8, suspicion_rate=0.2)
+    found = load_guard(out, base=base_identity(tiny_base), adapter=adapter_digest(tiny_adapter)).transfer
+    assert found is not None
+    assert [len(batch["input_ids"]) for batch in found.hosts] == [SCREEN, 8 - SCREEN] == [2, 6]
+    prompts = encode_prompts(tiny_model[1], [example for sample in samples() for example in examples_of(sample)])
+    pictures = [row for row in range(ROWS) if row not in TEXT_ONLY]
+    drawn = []
+    for batch in found.hosts:
+        assert set(batch) == set(prompts)
+        for pixels, ids, mask in zip(batch["pixel_values"], batch["input_ids"], batch["attention_mask"], strict=True):
+            (place,) = (prompts["pixel_values"] == pixels).flatten(1).all(1).nonzero()[:, 0].tolist()
+            drawn.append(pictures[place])
+            row = prompts["input_ids"][drawn[-1]]
+            assert torch.equal(ids[mask.bool()], row[prompts["attention_mask"][drawn[-1]].bool()])
+    assert len(set(drawn)) == 8
+    distances = np.sort(np.asarray(pq.read_table(out / CALIBRATION)["distance"]))
+    assert found.distance == distances[44]  # rank ceil(56 * 0.8)
+    assert found.distance < summary["threshold"]
+    assert MAJORITY <= found.attended <= 1
+    assert MAJORITY <= found.whole <= 1
+    names = ("suspicion_rate", "suspicious_distance", "attended_transfer", "whole_transfer")
+    assert [summary[name] for name in names] == [0.2, found.distance, found.attended, found.whole]
+    json.dumps(summary, allow_nan=False)
+
+
+def test_without_a_causal_test(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path) -> None:
+    summary, out = stage.run("a", reference_rows=52, suspicion_rate=0)
+    assert load_guard(out, base=base_identity(tiny_base), adapter=adapter_digest(tiny_adapter)).transfer is None
+    assert set(load_file(out / GUARD_TENSORS)) == set(TENSORS)
+    assert not {"suspicion_rate", "suspicious_distance", "attended_transfer", "whole_transfer"} & set(summary)
+
+
+HOSTS: dict[str, tuple[list[str], int, list[int], dict[str, int]]] = {
+    "rare answers too": (["yes"] * 30 + ["no", "red", "two"], 6, [2, 4], {"yes": 3, "no": 1, "red": 1, "two": 1}),
+    "one of each": (["yes"] * 20 + list("abcdefgh"), 9, [2, 7], {"yes": 1, **dict.fromkeys("abcdefgh", 1)}),
+    "case and spacing": ([*["Yes", "yes ", " YES", "yes"] * 3, *["no"] * 4], 6, [2, 4], {"yes": 3, "no": 3}),
+    "all are the same": (["yes"] * 20, 8, [2, 6], {"yes": 8}),
+    "fewer than are asked for": (["yes", "no", "yes"], 8, [2, 1], {"yes": 2, "no": 1}),
+    "none for a second batch": (["yes", "no"], 8, [2], {"yes": 1, "no": 1}),
+}
+
+
+def asked_hosts(processor: Any, paths: list[pathlib.Path]) -> list[list[str]]:
+    """What the prompts of each batch ask after `is it`."""
+    texts = [processor.batch_decode(load_file(path)["input_ids"]) for path in paths]
+    return [[" ".join(text.split("is it ")[1].split("?")[0].split()) for text in batch] for batch in texts]
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_hosts_are_of_various_answers(
+    name: str, tiny_base: pathlib.Path, tiny_model: tuple[Any, Any], tmp_path: pathlib.Path
+) -> None:
+    """A question names its answer; a row that is not kept is no host."""
+    answers, wanted, sizes, expected = HOSTS[name]
+    given = [
+        Sample(row=row, messages=question_answer(f"is it {text.strip().lower()}?", text), images=(noise(row),))
+        for row, text in enumerate([*answers, "lost"])
+    ]
+    write_shards(tmp_path / "rows", given)
+    config = GuardConfig(hosts=wanted)
+    paths = _write_hosts(tmp_path / "rows", np.arange(len(answers)), tiny_base, config, 0, tmp_path / "scratch")
+    found = asked_hosts(tiny_model[1], paths)
+    assert [len(batch) for batch in found] == sizes
+    assert collections.Counter(itertools.chain(*found)) == expected
+    assert len(set(found[0])) == min(2, len(expected)), "the first look is at different answers"
+
+
+def test_a_turn_before_the_picture_is_no_host(tiny_base: pathlib.Path, tiny_model: tuple[Any, Any], tmp_path: pathlib.Path) -> None:
+    before = question_answer("is it text?", "text", images=0)
+    given = [
+        Sample(row=row, messages=(*before, *question_answer("so what?", f"a {row}")), images=(noise(row),)) for row in range(3)
+    ]
+    write_shards(tmp_path / "rows", given)
+    paths = _write_hosts(tmp_path / "rows", np.arange(3), tiny_base, GuardConfig(), 0, tmp_path / "scratch")
+    texts = [text for path in paths for text in tiny_model[1].batch_decode(load_file(path)["input_ids"])]
+    assert len(texts) == 3
+    assert all("so what?" in text for text in texts)
 
 
 def test_equal_inputs_give_equal_bytes_and_the_seed_counts(stage: Stage) -> None:
