@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from safetensors.torch import load_file
 
-from pipeline.attention import LayerStatistics, PromptRegions, Tap, attach, base_of, prompt_regions, reduce_layer, tapped
+from pipeline.attention import LayerStatistics, Tap, attach, base_of, prompt_regions, reduce_layer, tapped
 from pipeline.decoder import attention_layers
 from pipeline.generation import encode_on
 from pipeline.models import Dtype, image_token_id, load_adapter, load_base
@@ -72,38 +72,31 @@ class ReferenceWorker:
         regions = prompt_regions(inputs["input_ids"], inputs["attention_mask"], self._image_token)
         weights: dict[int, torch.Tensor] = {}
         statistics: dict[int, LayerStatistics] = {}
-        embeddings: list[torch.Tensor] = []
+        embeddings: list[Any] = []
 
         def observe(layer: int, row: torch.Tensor) -> None:
             if layer in self.layers:
                 weights[layer], statistics[layer] = row, reduce_layer(row, regions, top=1)
 
         def keep(_module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            embeddings.append(kwargs["inputs_embeds"])
+            embeddings.append(kwargs.get("inputs_embeds"))
 
-        handle = base_of(self.model).get_decoder().register_forward_pre_hook(keep, with_kwargs=True) if self.test else None
+        handle = base_of(self.model).get_decoder().register_forward_pre_hook(keep, with_kwargs=True)
         try:
             with tapped(Tap(observer=observe)):
                 first = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
         finally:
-            if handle is not None:
-                handle.remove()
+            handle.remove()
         vectors = feature_vectors(statistics, regions.image.sum(-1), self.layers, self.features).cpu().numpy()
         attention = image_attention(weights, regions.image)
         records = []
         for k, example in enumerate(examples):
+            image = regions.image[k]
             record = {"row": example.row, "turn": example.turn, "layers": self.layers, "vector": vectors[k]}
-            shares = self._shares(int(first[k]), embeddings[0][k], attention[k], regions, k) if example.row in self.tried else {}
-            records.append({**record, "first_token": int(first[k]), "attended": float("nan"), "whole": float("nan"), **shares})
+            shares = dict.fromkeys(("attended", "whole"), float("nan"))
+            if self.test is not None and example.row in self.tried:
+                some = attended(attention[k, image])
+                for name, chosen in (("attended", some), ("whole", torch.ones_like(some))):
+                    shares[name] = self.test.share(int(first[k]), embeddings[0][k, image], chosen, screen=False)
+            records.append({**record, "first_token": int(first[k]), **shares})
         return records
-
-    def _shares(
-        self, first: int, embeddings: torch.Tensor, attention: torch.Tensor, regions: PromptRegions, k: int
-    ) -> dict[str, float]:
-        """The shares of hosts that take over an example's answer."""
-        if self.test is None:
-            return {}
-        image = regions.image[k]
-        some = attended(attention[image])
-        variants = {"attended": some, "whole": torch.ones_like(some)}
-        return {name: self.test.share(first, embeddings[image], chosen, screen=False) for name, chosen in variants.items()}
