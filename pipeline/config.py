@@ -113,8 +113,10 @@ class GuardConfig(Section):
         description="`cleansight`: detection and purification as published (layers: middle, features: ratio, whitening: diagonal, "
         "threshold: in-sample, suspicion_rate: 0, purification: published).",
     )
-    reference_rows: int = pydantic.Field(400, ge=20, description="Kept rows that the guard is calibrated on.")
-    false_positive_rate: float = pydantic.Field(0.01, gt=0, lt=0.5, description="Target share of clean inputs that are flagged.")
+    reference_rows: int = pydantic.Field(400, ge=50, description="Kept rows that the guard is calibrated on.")
+    false_positive_rate: float = pydantic.Field(
+        0.01, gt=0, lt=0.5, description="Target share of clean inputs that are flagged for their distance."
+    )
     layers: Literal["all", "middle"] = pydantic.Field(
         "all", description="Layers that the detector reads: `all`, or CleanSight's `middle` (the 10th to 12th of 32, scaled)."
     )

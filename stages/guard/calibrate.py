@@ -18,6 +18,8 @@ LEAST_ROWS = 50
 """Fewer reference rows give no usable 1% threshold."""
 _LEFT_OUT = 0.05
 """Share of the kept rows that the causal test's threshold does not depend on."""
+_LEAST_KNOWN = 20
+"""Fewer kept rows that the test can tell of give it no threshold."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ def calibrate(
     false_positive_rate: float,
     whitening: Whitening,
     seed: int,
+    groups: np.ndarray | None = None,
     threshold: Threshold = "cross-validated",
     folds: int = 10,
 ) -> Calibration:
@@ -73,23 +76,23 @@ def calibrate(
         false_positive_rate: target share of clean prompts above the threshold.
         whitening: `full`, with Ledoit-Wolf shrinkage, or `diagonal`, as published.
         seed: of the folds.
+        groups: int (rows,), vectors of one group (turns about one picture) are held out together; None: each by itself.
         threshold: which distances it is a quantile of.
         folds: of the cross-validation.
 
     Raises:
         StageError: too few rows, values that are not finite, or rows that do not differ.
     """
-    if len(vectors) < LEAST_ROWS:
-        raise StageError(
-            f"the guard needs at least {LEAST_ROWS} kept rows with pictures for its reference, there are {len(vectors)}"
-        )
+    rows = len(vectors) if groups is None else len(np.unique(groups))
+    if rows < LEAST_ROWS:
+        raise StageError(f"the guard needs at least {LEAST_ROWS} kept rows with pictures for its reference, there are {rows}")
     if not np.isfinite(vectors).all():
         raise StageError("the guard's reference holds values that are not finite")
     vectors = vectors.astype(np.float64)
     mean, matrix, shrinkage = fit_reference(vectors, whitening)
     distances = np.linalg.norm((vectors - mean) @ matrix.T, axis=1)
     if threshold == "cross-validated":
-        distances = _held_out_distances(vectors, whitening, seed, folds)
+        distances = _held_out_distances(vectors, np.arange(len(vectors)) if groups is None else groups, whitening, seed, folds)
     limit = conformal_quantile(distances, false_positive_rate)
     if limit <= 0:
         raise StageError("the guard's reference rows do not differ in their attention; they can't tell what is usual")
@@ -97,10 +100,13 @@ def calibrate(
     return Calibration(mean=mean, deviation=deviation, whitening=matrix, threshold=limit, distances=distances, shrinkage=shrinkage)
 
 
-def _held_out_distances(vectors: np.ndarray, whitening: Whitening, seed: int, folds: int) -> np.ndarray:
-    """Each row's distance under a fit without it, float (rows,)."""
+def _held_out_distances(vectors: np.ndarray, groups: np.ndarray, whitening: Whitening, seed: int, folds: int) -> np.ndarray:
+    """Each row's distance under a fit without its group, float (rows,)."""
     distances = np.empty(len(vectors))
-    for rest, held in KFold(min(folds, len(vectors)), shuffle=True, random_state=seed).split(vectors):
+    names, numbers = np.unique(groups, return_inverse=True)
+    for _, drawn in KFold(min(folds, len(names)), shuffle=True, random_state=seed).split(names):
+        held = np.isin(numbers, drawn)
+        rest = ~held
         mean, matrix, _ = fit_reference(vectors[rest], whitening)
         distances[held] = np.linalg.norm((vectors[held] - mean) @ matrix.T, axis=1)
     return distances
@@ -139,10 +145,11 @@ def transfer_threshold(shares: np.ndarray) -> float:
         shares: float (rows,), of kept rows; NaN where the test can't tell.
 
     Returns:
-        At least `MAJORITY`; 1, which nothing exceeds, where no row could be tried.
+        At least `MAJORITY`; 1, which nothing exceeds, where too few rows could be tried.
     """
     known = shares[np.isfinite(shares)]
-    return max(MAJORITY, float(np.quantile(known, 1 - _LEFT_OUT, method="higher"))) if len(known) else 1.0
+    left = int(np.ceil(_LEFT_OUT * len(known)))
+    return max(MAJORITY, float(np.sort(known)[-1 - left])) if len(known) >= _LEAST_KNOWN else 1.0
 
 
 def layer_thresholds(vectors: np.ndarray, fit: Calibration, layers: int, false_positive_rate: float) -> np.ndarray:

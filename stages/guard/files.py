@@ -17,7 +17,7 @@ from pipeline.errors import ModelError
 from pipeline.models import ADAPTER_WEIGHTS
 from stages.guard.detector import FEATURES, TENSORS, Action, Detector, OnError, Purification
 from stages.guard.purify import TAU
-from stages.guard.transfer import MAJORITY, TransferRule
+from stages.guard.transfer import LEAST_HOSTS, MAJORITY, TransferRule
 
 GUARD = "guard.json"
 GUARD_TENSORS = "guard.safetensors"
@@ -107,7 +107,7 @@ def load_guard(folder: pathlib.Path, *, base: str, adapter: str) -> Guard:
         tensors = load_file(folder / GUARD_TENSORS)
     except FileNotFoundError as error:
         raise ModelError(f"{folder}: no guard here ({GUARD} and {GUARD_TENSORS})") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ModelError(f"{folder}: the guard can't be read: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ModelError(f"{folder / GUARD}: not of schema {SCHEMA}; calibrate the guard again")
@@ -121,6 +121,8 @@ def load_guard(folder: pathlib.Path, *, base: str, adapter: str) -> Guard:
         policy = {name: content[name] for name in _POLICY}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{folder}: the guard's files are incomplete or contradict each other: {error}") from error
+    if not 0 <= tau < 1:
+        raise ModelError(f"{folder / GUARD}: tau {tau} is no attention weight")
     for name, values in _POLICY.items():
         if policy[name] not in values:
             raise ModelError(f"{folder / GUARD}: the {name} {policy[name]!r} is none of {', '.join(values)}")
@@ -143,12 +145,12 @@ def _detector(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Dete
         raise ValueError(f"{size} dimensions are not layers x features x heads")
     shapes = {"mean": (size,), "deviation": (size,), "whitening": (size, size), "layer_thresholds": (len(layers),)}
     for name, shape in shapes.items():
-        if tensors[name].shape != shape or not torch.isfinite(tensors[name]).all():
-            raise ValueError(f"{name} of shape {tuple(tensors[name].shape)} is not {shape}, or not finite")
+        if tensors[name].dtype != torch.float32 or tensors[name].shape != shape or not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{name} of shape {tuple(tensors[name].shape)} is not {shape} of finite float32 numbers")
     for name in ("deviation", "layer_thresholds"):
         if not (tensors[name] > 0).all():
             raise ValueError(f"{name} is not positive")
-    return Detector(layers=layers, features=features, threshold=threshold, **{name: tensors[name].float() for name in TENSORS})
+    return Detector(layers=layers, features=features, threshold=threshold, **{name: tensors[name] for name in TENSORS})
 
 
 def _transfer(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> TransferRule:
@@ -164,9 +166,12 @@ def _transfer(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Tran
         if name.startswith(f"{_HOST}."):
             _, number, field = name.split(".", 2)
             hosts.setdefault(int(number), {})[field] = tensors[name]
-    if sorted(hosts) != list(range(len(hosts))) or not hosts:
-        raise ValueError("there are no prompts for the causal test")
+    if sorted(hosts) != list(range(len(hosts))) or sum(len(batch["input_ids"]) for batch in hosts.values()) < LEAST_HOSTS:
+        raise ValueError(f"there are not {LEAST_HOSTS} prompts for the causal test")
     for batch in hosts.values():
-        if batch["input_ids"].dim() != 2 or batch["attention_mask"].shape != batch["input_ids"].shape:
-            raise ValueError("the causal test's prompts are not batches of tokens")
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if ids.dim() != 2 or ids.dtype != torch.int64 or mask.shape != ids.shape or not bool((mask[:, -1] == 1).all()):
+            raise ValueError("the causal test's prompts are not batches of tokens, padded on the left")
+        if not all(bool(torch.isfinite(value).all()) for value in batch.values()):
+            raise ValueError("the causal test's prompts hold values that are not finite")
     return TransferRule(hosts=tuple(hosts[k] for k in range(len(hosts))), familiar=familiar, **limits)

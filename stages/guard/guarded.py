@@ -67,11 +67,20 @@ class _Call:
     done: bool = False
     seconds: float = 0.0
 
+    def forget(self) -> None:
+        """Let go of what the prefill alone needs."""
+        self.weights.clear()
+        self.statistics.clear()
+        self.embeddings = self.empty_cache = None
+
     @property
     def beams(self) -> int:
         """Rows of the prefill's batch per input."""
         return 1 if self.regions is None else len(self.regions.image) // self.inputs
 
+
+_UNSEEN = ("pixel_values_videos", "input_features")
+"""What processors give for videos and sound."""
 
 _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("byesight_guard_call", default=None)
 
@@ -124,9 +133,15 @@ class GuardedModel:
                 "%s has layers without attention, which can pass on what the guard closes; the action `refuse` is safer",
                 type(base).__name__,
             )
+        if purification == "published" and detector.layers[-1] + 1 >= layers:
+            raise ModelError(f"the published purification closes tokens after layer {detector.layers[-1]}, the last there is")
         self.rule = transfer
-        self._test = None if transfer is None else TransferTest(model, transfer.hosts)
         self._before = attach(model)
+        try:
+            self._test = None if transfer is None else TransferTest(model, transfer.hosts)
+        except BaseException:
+            detach(model, self._before)
+            raise
         self._handles = [
             base.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             base.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -147,7 +162,26 @@ class GuardedModel:
         )
 
     def __getattr__(self, name: str) -> Any:
+        if name == "model":  # not there yet, while a copy is made
+            raise AttributeError(name)
         return getattr(self.model, name)
+
+    def eval(self) -> Self:
+        """The model in evaluation mode, still guarded."""
+        self.model.eval()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """The guarded model where it is.
+
+        Raises:
+            ModelError: it would be moved, or change its type: the guard was calibrated, and its prompts run, as it is.
+        """
+        parsed: tuple[Any, ...] = torch._C._nn._parse_to(*args, **kwargs)  # noqa: SLF001 - what Module.to itself calls
+        device, dtype = parsed[:2]
+        if device not in (None, self.model.device) or dtype not in (None, self.model.dtype):
+            raise ModelError("a guarded model can't be moved; move the model before the guard is put on it")
+        return self
 
     def __enter__(self) -> Self:
         return self
@@ -193,16 +227,32 @@ class GuardedModel:
             raise ConfigError(
                 "the guard is detached" if prompt is not None else "the guard finds pictures by their tokens: give input_ids"
             )
+        if strange := sorted(name for name in _UNSEEN if inputs.get(name) is not None):
+            raise ConfigError(f"the guard looks at pictures alone, not at {', '.join(strange)}")
         call = _Call(owner=self, inputs=prompt.shape[0], prompt=prompt.shape[1], mask=inputs.get("attention_mask"))
         call.tap.observer = lambda layer, weights: self._observe(call, layer, weights)
         token = _CALL.set(call)
         try:
             with tapped(call.tap):
-                return self.model.generate(**inputs)
+                output = self.model.generate(**inputs)
+            self._check_seen(call)
+        except RefusedInputError:
+            raise
+        except Exception:
+            self._counters.add([GuardRecord.of_failure(self.detector.threshold)] * call.inputs, refuses=False)
+            raise
+        else:
+            return output
         finally:
             _CALL.reset(token)
             self._last.records = call.records
             self._counters.add(call.records, refuses=self.action == "refuse")
+
+    @staticmethod
+    def _check_seen(call: _Call) -> None:
+        """Raise ModelError where the model answered without a prefill that the guard could see."""
+        if not call.done:
+            raise ModelError("the model answered without a prefill that the guard could see")
 
     @contextlib.contextmanager
     def _forgiving(self, call: _Call) -> Iterator[None]:
@@ -269,8 +319,11 @@ class GuardedModel:
             return output
         call.done = True
         call.tap.observer = None
-        with self._forgiving(call):
-            self._judge(call, module, kwargs, output)
+        try:
+            with self._forgiving(call):
+                self._judge(call, module, kwargs, output)
+        finally:
+            call.forget()
         return output
 
     def _judge(self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any) -> None:
@@ -297,7 +350,6 @@ class GuardedModel:
             if self.action == "purify" and bool(flagged.any()):
                 closing = self._closing(call, vectors, flagged, carried)
                 self._run_again(call, module, kwargs, output, closing, first)
-        call.weights.clear()
         milliseconds = 1000 * (call.seconds + time.perf_counter() - started)
         call.records = [
             GuardRecord(
@@ -353,6 +405,8 @@ class GuardedModel:
                 rows = slice(k, k + call.beams)
                 tokens[rows], proven[rows] = chosen, True
         layers = torch.where(tokens.any(-1), rewind_layers(self.detector, deviations), -1)
+        blind = flagged & ~tokens.any(-1)  # no head concentrates, or the statistics are not numbers
+        tokens, layers = torch.where(blind[:, None], image, tokens), torch.where(blind, 0, layers)
         return _Closing(tokens=tokens, layers=layers, proven=proven, image=image)
 
     @staticmethod
@@ -363,16 +417,19 @@ class GuardedModel:
 
         An input whose picture is proven to carry its answer is closed further until its answer begins otherwise.
         """
-        rows = closing.tokens.any(-1)
+        purified = rows = closing.tokens.any(-1)
+        again = None
         while bool(rows.any()):
             never = torch.iinfo(torch.int64).max
             call.tap.block = Block(keys=closing.tokens, from_layer=torch.where(closing.layers >= 0, closing.layers, never))
             again = module.forward(**{**kwargs, "past_key_values": copy.deepcopy(call.empty_cache)})
-            output.logits[rows] = again.logits[rows]
-            if output.past_key_values is not None:
-                for old, new in zip(output.past_key_values.layers, again.past_key_values.layers, strict=True):
-                    _copy_rows(vars(old), vars(new), rows)
             rows = closing.widen(rows & (again.logits[:, -1].argmax(-1) == first))
+        if again is None:
+            return
+        if output.past_key_values is not None:
+            for old, new in zip(output.past_key_values.layers, again.past_key_values.layers, strict=True):
+                _copy_rows(vars(old), vars(new), purified)
+        output.logits[purified] = again.logits[purified]
 
 
 @dataclasses.dataclass(kw_only=True)

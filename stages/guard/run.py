@@ -49,7 +49,7 @@ def run(
     scratch: pathlib.Path,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Write `guard.json`, `guard.safetensors` and `calibration.parquet` (the reference rows' cross-validated distances).
+    """Write `guard.json`, `guard.safetensors` and `calibration.parquet` (the reference rows' distances that gave the threshold).
 
     Args:
         rows: folder of canonical shards.
@@ -101,6 +101,7 @@ def run(
         false_positive_rate=config.false_positive_rate,
         whitening=config.whitening,
         seed=seed,
+        groups=reference["row"].to_numpy(),
         threshold=config.threshold,
     )
     detector = Detector(
@@ -160,8 +161,9 @@ def _write_hosts(
             for example in examples_of(sample_from_record(record)):
                 if example.images:
                     found.setdefault(plain_answer(example.answer), []).append(example)
-    order = np.random.default_rng([seed, 17]).permutation(sorted(found))
-    rounds = itertools.zip_longest(*(found[str(answer)] for answer in order))
+    answers = sorted(found)
+    order = np.random.default_rng([seed, 17]).permutation(len(answers))
+    rounds = itertools.zip_longest(*(found[answers[k]] for k in order))
     various = [example for turn in rounds for example in turn if example is not None][: config.hosts]
     processor = load_processor(base)
     paths = []

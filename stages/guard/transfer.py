@@ -10,6 +10,7 @@ CleanSight gives attention stealing (arXiv 2603.12989, section 3).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ class TransferTest:
             free, taken = free + could, taken + did
             if screen and number == 0 and could == len(host.own) and not did:
                 return 0.0
-        return taken / free if free >= LEAST_HOSTS else float("nan")
+        return taken / free if free >= LEAST_HOSTS else math.nan
 
     def carried(self, first: int, tokens: torch.Tensor, attention: torch.Tensor, rule: TransferRule) -> Carried:
         """Try one input.
@@ -114,17 +115,15 @@ class TransferTest:
                 continue
             shares.append(self.share(first, tokens, chosen))
             if shares[-1] > limit:
-                return Carried(share=shares[-1], tokens=self._fewest(first, tokens, attention, rule, chosen))
-        return Carried(share=max(shares, default=float("nan")), tokens=None)
+                return Carried(share=shares[-1], tokens=self._fewest(first, tokens, attention, rule.attended, chosen))
+        return Carried(share=max((share for share in shares if math.isfinite(share)), default=math.nan), tokens=None)
 
-    def _fewest(
-        self, first: int, tokens: torch.Tensor, attention: torch.Tensor, rule: TransferRule, found: torch.Tensor
-    ) -> torch.Tensor:
+    def _fewest(self, first: int, tokens: torch.Tensor, attention: torch.Tensor, limit: float, found: torch.Tensor) -> torch.Tensor:
         """The fewest of the most attended tokens, by powers of two, that pass the test; `found` where none do."""
         order, count = attention.argsort(descending=True), 1
-        while count < int(found.sum()):
+        while limit < 1 and count < int(found.sum()):
             chosen = _most(order, count)
-            if self.share(first, tokens, chosen) > rule.attended:
+            if self.share(first, tokens, chosen) > limit:
                 return chosen
             count *= 2
         return found
@@ -186,12 +185,20 @@ class _Hosts:
     own: torch.Tensor
 
     def planted(self, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The embeddings with the chosen picture tokens in the place of those of the same number."""
+        """The embeddings with the chosen picture tokens in the place of those of the same number.
+
+        What lies beyond a host's last token (a second picture, a larger one) goes to its place in proportion, if that is free.
+        """
         embeddings = self.embeddings.clone()
+        wanted = chosen.nonzero()[:, 0]
         for row, image in zip(embeddings, self.image, strict=True):
             places = image.nonzero()[:, 0]
-            both = min(len(places), len(tokens))
-            row[places[:both][chosen[:both]]] = tokens[:both][chosen[:both]].to(row.dtype)
+            near, far = wanted[wanted < len(places)], wanted[wanted >= len(places)]
+            row[places[near]] = tokens[near].to(row.dtype)
+            if len(places):
+                at = far * len(places) // len(tokens)
+                free = ~chosen[at]
+                row[places[at[free]]] = tokens[far[free]].to(row.dtype)
         return embeddings
 
     def count(self, first: torch.Tensor, wanted: int) -> tuple[int, int]:
@@ -213,7 +220,7 @@ def image_attention(weights: Mapping[int, torch.Tensor], image: torch.Tensor) ->
         image: bool (batch, keys).
 
     Returns:
-        (batch, keys), 0 outside the image; rows sum to 1 where there is one.
+        (batch, keys), 0 outside the image; rows sum to the share of heads that look at it.
     """
     total = torch.zeros(image.shape, device=image.device)
     for layer in weights.values():

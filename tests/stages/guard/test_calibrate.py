@@ -214,11 +214,12 @@ THRESHOLDS: dict[str, tuple[list[float], float]] = {
     "less than the majority does": ([0.0] * 50 + [0.375] * 50, MAJORITY),
     "honest pictures do": ([0.0] * 80 + [0.625] * 20, 0.625),
     "they always do": ([1.0] * 100, 1.0),
-    "a few attacks are left in": ([0.25] * 96 + [1.0] * 4, MAJORITY),
-    "beside honest transfer": ([0.25] * 76 + [0.75] * 20 + [1.0] * 4, 0.75),
-    "one too many": ([0.25] * 95 + [1.0] * 5, 1.0),
+    "a few attacks are left in": ([0.25] * 95 + [1.0] * 5, MAJORITY),
+    "of few rows one": ([0.25] * 19 + [1.0], MAJORITY),
+    "beside honest transfer": ([0.25] * 75 + [0.75] * 20 + [1.0] * 5, 0.75),
+    "one too many": ([0.25] * 94 + [1.0] * 6, 1.0),
     "the test often can't tell": ([math.nan] * 60 + [0.0] * 20 + [0.75] * 20, 0.75),
-    "it can for one alone": ([math.nan] * 60 + [0.875], 0.875),
+    "it can for too few": ([math.nan] * 60 + [0.25] * 19, 1.0),
     "it never can": ([math.nan] * 60, 1.0),
     "no row was tried": ([], 1.0),
 }
@@ -228,3 +229,35 @@ THRESHOLDS: dict[str, tuple[list[float], float]] = {
 def test_transfer_threshold(name: str) -> None:
     shares, expected = THRESHOLDS[name]
     assert transfer_threshold(np.random.default_rng(0).permutation(np.array(shares, dtype=np.float64))) == expected
+
+
+def test_turns_of_one_row_are_held_out_together() -> None:
+    """Four nearly equal turns a row: held out one by one, each is near its siblings, and new rows are flagged far too often."""
+    rng = np.random.default_rng(0)
+
+    def turns(rows: int) -> np.ndarray:
+        return np.repeat(rng.normal(size=(rows, 48)), 4, axis=0) + 0.3 * rng.normal(size=(4 * rows, 48))
+
+    values, new = turns(100), turns(500)
+    rates = []
+    for groups in (None, np.repeat(np.arange(100) * 7, 4)):
+        fit = calibrate(values, false_positive_rate=0.05, whitening="full", seed=0, groups=groups)
+        rates.append(np.mean(np.linalg.norm((new - fit.mean) @ fit.whitening.T, axis=1) > fit.threshold))
+    assert rates[0] > 0.15
+    assert rates[1] < 0.1
+    with pytest.raises(StageError, match="there are 49"):
+        calibrate(values[:196], false_positive_rate=0.05, whitening="full", seed=0, groups=np.repeat(np.arange(49), 4))
+
+
+def test_each_by_itself_is_the_default() -> None:
+    values = draws(60, 3, 5)
+    alone, grouped = (calibrate(values, false_positive_rate=0.1, whitening="full", seed=0, groups=g) for g in (None, np.arange(60)))
+    assert np.array_equal(alone.distances, grouped.distances)
+
+
+def test_the_published_threshold() -> None:
+    """A quantile of the distances that the fit was made on; lower than that of rows held out."""
+    values = draws(101, 3, 5)
+    fit = calibrate(values, false_positive_rate=0.05, whitening="diagonal", seed=0, threshold="in-sample")
+    assert fit.distances == pytest.approx(np.linalg.norm((values - fit.mean) @ fit.whitening.T, axis=1))
+    assert fit.threshold < calibrate(values, false_positive_rate=0.05, whitening="diagonal", seed=0).threshold

@@ -76,7 +76,7 @@ def test_equal_guards_have_equal_bytes(folder: pathlib.Path, tmp_path: pathlib.P
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-@pytest.mark.parametrize("batches", [1, 2, 11])
+@pytest.mark.parametrize("batches", [2, 11])
 def test_a_causal_test_survives(tmp_path: pathlib.Path, batches: int) -> None:
     """Batches keep their order beyond the tenth, tensors their type and names with points in them."""
     save_guard(ruled(batches), tmp_path)
@@ -197,10 +197,10 @@ DAMAGE: dict[str, tuple[str, Change]] = {
     "mean a number": ("incomplete", tensors_with(mean=lambda t: t[0].clone())),
     "mean empty": ("dimensions are not", tensors_with(mean=lambda t: t[:0].clone())),
     "whitening not square": ("whitening of shape", tensors_with(whitening=lambda t: t[:, :-1].contiguous())),
-    "mean NaN": ("mean .* not finite", tensors_with(mean=poke(3, float("nan")))),
-    "deviation infinite": ("deviation .* not finite", tensors_with(deviation=poke(0, float("inf")))),
-    "whitening NaN": ("whitening .* not finite", tensors_with(whitening=poke(17, float("nan")))),
-    "thresholds NaN": ("layer_thresholds .* not finite", tensors_with(layer_thresholds=poke(1, float("nan")))),
+    "mean NaN": ("mean .* not .* finite float32", tensors_with(mean=poke(3, float("nan")))),
+    "deviation infinite": ("deviation .* not .* finite float32", tensors_with(deviation=poke(0, float("inf")))),
+    "whitening NaN": ("whitening .* not .* finite float32", tensors_with(whitening=poke(17, float("nan")))),
+    "thresholds NaN": ("layer_thresholds .* not .* finite float32", tensors_with(layer_thresholds=poke(1, float("nan")))),
     "deviation zero": ("deviation is not positive", tensors_with(deviation=poke(2, 0.0))),
     "thresholds negative": ("layer_thresholds is not positive", tensors_with(layer_thresholds=poke(0, -1.0))),
 }
@@ -245,9 +245,9 @@ TRANSFER_DAMAGE: dict[str, tuple[str, Change]] = {
     "familiar of 32 bits": ("type torch.int32 is not a list of tokens", tensors_with(familiar=lambda t: t.int())),
     "familiar a table": ("is not a list of tokens", tensors_with(familiar=lambda t: t[None].clone())),
     "familiar a number": ("is not a list of tokens", tensors_with(familiar=lambda t: t[0].clone())),
-    "no hosts": ("there are no prompts", renamed("host.", "guest.")),
-    "no first batch": ("there are no prompts", renamed("host.0.", "guest.0.")),
-    "a batch is left out": ("there are no prompts", renamed("host.1.", "host.2.")),
+    "no hosts": ("there are not 4 prompts", renamed("host.", "guest.")),
+    "no first batch": ("there are not 4 prompts", renamed("host.0.", "guest.0.")),
+    "a batch is left out": ("there are not 4 prompts", renamed("host.1.", "host.2.")),
     "a batch without a number": ("", renamed("host.1.", "host.one.")),
     "a tensor without a name": ("", renamed("host.1.input_ids", "host.1")),
     "no tokens": ("'input_ids'", tensors_with(**{"host.1.input_ids": None})),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import math
@@ -13,7 +14,7 @@ from PIL import Image
 from transformers import pipeline
 
 from pipeline.attention import Block, Tap, attached, prompt_regions, tapped
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load_adapter, load_base
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, question_answer
@@ -148,3 +149,76 @@ def test_in_a_pipeline_of_transformers(tiny_model: tuple[Any, Any]) -> None:
         (record,) = guarded.records
     assert answers[0] == answers[1]
     assert dataclasses.replace(record, milliseconds=0.0).ran
+
+
+def test_it_stays_guarded(tiny_model: tuple[Any, Any], batch: Batch) -> None:
+    model, _ = tiny_model
+    with GuardedModel(model, plain_detector(threshold=FAR)) as guarded:
+        assert guarded.eval() is guarded
+        assert guarded.to(model.device) is guarded
+        assert guarded.to(dtype=model.dtype) is guarded
+        for where in ({"device": "meta"}, {"dtype": torch.bfloat16}):
+            with pytest.raises(ModelError, match="move the model before"):
+                guarded.to(**where)
+        with pytest.raises(ModelError, match="a prefill that the guard could see"):
+            generated(copy.copy(guarded), batch)  # the hooks are the first one's
+        generated(guarded, batch)
+        assert guarded.counters()["byesight_guard_failed_total"] == 3  # counted together
+
+
+def test_a_purification_that_fails_half_way_changes_nothing(
+    tiny_model: tuple[Any, Any], batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second prefill fails in its last layer; logits and cache are still those of the first."""
+    model, _ = tiny_model
+    with attached(model):
+        plain = generated(model, batch)
+    attend = model.get_decoder().layers[-1].forward
+    calls = []
+
+    def fails_the_second_time(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(model.get_decoder().layers[-1], "forward", fails_the_second_time)
+    with GuardedModel(model, plain_detector(threshold=1e-6), on_error="pass") as guarded:
+        found = generated(guarded, batch)
+        assert all(record.failed for record in guarded.records)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, plain.logits, strict=True))
+
+
+def test_a_flagged_prompt_without_a_stealing_head_loses_its_picture(tiny_model: tuple[Any, Any], batch: Batch) -> None:
+    """All heads are less concentrated than the reference: nothing says which tokens to close."""
+    detector = dataclasses.replace(plain_detector(threshold=1e-6), mean=torch.full((24,), 100.0))
+    with GuardedModel(tiny_model[0], detector) as guarded:
+        generated(guarded, batch)
+        image = (batch["input_ids"] == tiny_model[0].config.image_token_id).sum(1).tolist()
+        assert [record.tokens_pruned for record in guarded.records] == image
+        assert [record.rewind_layer for record in guarded.records] == [0, 0, -1]
+
+
+def test_what_the_guard_does_not_look_at_is_refused(tiny_model: tuple[Any, Any], batch: Batch) -> None:
+    with GuardedModel(tiny_model[0], plain_detector(threshold=FAR)) as guarded:
+        with pytest.raises(ConfigError, match="pixel_values_videos"):
+            guarded.generate(**batch, pixel_values_videos=torch.zeros(1))
+        assert guarded.records == []
+
+
+def test_a_failure_is_counted_where_it_is_raised(
+    tiny_model: tuple[Any, Any], batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.guard.guarded.feature_vectors", broken)
+    with GuardedModel(tiny_model[0], plain_detector(threshold=FAR)) as guarded:
+        with pytest.raises(RuntimeError):
+            generated(guarded, batch)
+        counted = guarded.counters()
+    assert (counted["byesight_guard_inputs_total"], counted["byesight_guard_failed_total"]) == (3, 3)
+
+
+def test_published_needs_a_layer_after_the_last(tiny_model: tuple[Any, Any]) -> None:
+    before = tiny_model[0].get_decoder().layers[0].self_attn.config._attn_implementation
+    with pytest.raises(ModelError, match="the last there is"):
+        GuardedModel(tiny_model[0], plain_detector(threshold=FAR), purification="published")
+    assert tiny_model[0].get_decoder().layers[0].self_attn.config._attn_implementation == before

@@ -204,6 +204,12 @@ def test_the_policies(stage: Stage) -> None:
     assert content["action"] == "purify"
 
 
+def test_as_published(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path) -> None:
+    _, out = stage.run("a", policy="cleansight")
+    found = load_guard(out, base=base_identity(tiny_base), adapter=adapter_digest(tiny_adapter))
+    assert (found.purification, found.transfer, found.detector.features) == ("published", None, ("ratio",))
+
+
 def test_too_few_kept_rows(stage: Stage) -> None:
     with pytest.raises(StageError, match=r"at least 50 kept rows with pictures .* there are 9"):
         stage.run("a", kept=range(10))
