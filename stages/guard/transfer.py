@@ -108,9 +108,10 @@ class TransferTest:
             attention: (image tokens,), how much the answer attends to each.
             rule: the thresholds.
         """
-        some = attended(attention)
         shares = []
-        for chosen, limit in ((some, rule.attended), (torch.ones_like(some), rule.whole)):
+        limits = {"attended": rule.attended, "whole": rule.whole}
+        for name, chosen in variants(attention).items():
+            limit = limits[name]
             if limit >= 1:
                 continue
             shares.append(self.share(first, tokens, chosen))
@@ -210,6 +211,12 @@ class _Hosts:
 def attended(attention: torch.Tensor) -> torch.Tensor:
     """What is planted as that which the answer attends to, bool (image tokens,), by the attention to each."""
     return _most(attention.argsort(descending=True), max(1, round(ATTENDED * len(attention))))
+
+
+def variants(attention: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the test plants of a picture, in the order in which it is tried; each bool (image tokens,)."""
+    some = attended(attention)
+    return {"attended": some, "whole": torch.ones_like(some)}
 
 
 def image_attention(weights: Mapping[int, torch.Tensor], image: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from pipeline.generation import encode_on
 from pipeline.models import Dtype, image_token_id, load_adapter, load_base
 from pipeline.records import Example, examples_of, sample_from_record
 from stages.guard.detector import feature_vectors, middle_layers
-from stages.guard.transfer import TransferTest, attended, image_attention
+from stages.guard.transfer import TransferTest, image_attention, variants
 
 REFERENCE = pa.schema(
     [
@@ -95,8 +95,7 @@ class ReferenceWorker:
             record = {"row": example.row, "turn": example.turn, "layers": self.layers, "vector": vectors[k]}
             shares = dict.fromkeys(("attended", "whole"), float("nan"))
             if self.test is not None and example.row in self.tried:
-                some = attended(attention[k, image])
-                for name, chosen in (("attended", some), ("whole", torch.ones_like(some))):
+                for name, chosen in variants(attention[k, image]).items():
                     shares[name] = self.test.share(int(first[k]), embeddings[0][k, image], chosen, screen=False)
             records.append({**record, "first_token": int(first[k]), **shares})
         return records
