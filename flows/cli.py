@@ -252,8 +252,18 @@ def demo_command(
 
 def main() -> None:
     """Run the command line; SIGTERM ends it as an interrupt does, so that Ray and a temporary Prefect server end with it."""
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    app()
+    received: list[int] = []
+
+    def end(number: int, _frame: object) -> None:
+        received.append(number)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        app()
+    finally:
+        if received:  # a library on the way may have put a code of its own
+            sys.exit(128 + received[0])
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """The engine on Ray: Ray Data streams rows through workers that hold a model, Ray Train runs the fine-tunes.
 
 One `ray.init` per engine. Without an address Ray is started on this machine, reachable from it alone; nothing of it is left behind.
+A thread of the driver that uses Ray after its shutdown would end the process on the spot, with nothing cleaned up: so a task of
+Ray's drives a fine-tune, and streams of results are closed before.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import tempfile
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import pyarrow as pa
@@ -24,7 +26,7 @@ import torch
 
 from pipeline.config import EngineConfig
 from pipeline.engine import TableWorker, TrainLoop, worker_count
-from pipeline.engine.workers import Background, DataWorker, ProgressLines, clear_records, recorded_error, run_loop, unpack
+from pipeline.engine.workers import DataWorker, ProgressLines, clear_records, recorded_error, run_loop, unpack
 from pipeline.errors import StageError
 from pipeline.records import Progress
 
@@ -39,6 +41,7 @@ _ON_CPUS = {
     # threads that spin while they wait starve the one that works: with a busy core, a training step took 2.8 s instead of 0.39 s
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+_TRAIN_DEFAULTS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25"}  # a report waits for the next poll, 2 s by default
 _POLL_SECONDS = 0.5
 _REMOVALS = 20
 _BLOCKS_PER_WORKER = 64
@@ -54,6 +57,7 @@ class RayEngine:
         self._threads = config.threads or max(1, (os.cpu_count() or 1) // self.workers)
         self.temporary: pathlib.Path | None = None
         self._started = False
+        self._streams: list[Generator[pa.Table]] = []
 
     def __enter__(self) -> Self:
         _settle_environment(local=self._config.address is None)
@@ -72,6 +76,7 @@ class RayEngine:
                 "_node_ip_address": "127.0.0.1",
             }
         environment = {"OMP_NUM_THREADS": str(self._threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {name: os.environ[name] for name in _TRAIN_DEFAULTS}
         if not torch.cuda.is_available():
             environment |= _ON_CPUS
         try:
@@ -79,12 +84,19 @@ class RayEngine:
         except (ConnectionError, RuntimeError, OSError, ValueError) as error:
             self._remove_temporary()
             raise StageError(f"Ray ({self._config.address or 'on this machine'}) can't be used: {error}") from error
+        except BaseException:  # a signal
+            ray.shutdown()
+            self._remove_temporary()
+            raise
         self._started = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None, /) -> None:
         import ray
 
+        for stream in self._streams:  # of a stage that was interrupted
+            stream.close()
+        self._streams.clear()
         if self._started:
             ray.shutdown()
             self._started = False
@@ -121,50 +133,46 @@ class RayEngine:
                 max_restarts=RESTARTS,
                 max_task_retries=RESTARTS,
             )
+        stream = iter(results.iter_batches(batch_size=None, batch_format="pyarrow"))
+        self._streams.append(stream)
         try:
-            for finished in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for finished in stream:
                 yield from unpack(finished)
         except ray.exceptions.RayError as error:
             raise _worker_died(error) from error
+        finally:
+            stream.close()
+            if stream in self._streams:
+                self._streams.remove(stream)
 
     def train(self, loop: TrainLoop, arguments: Mapping[str, Any], *, scratch: pathlib.Path, progress: Progress) -> None:
-        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        from pipeline.engine.rendezvous import FileTorchConfig
-
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         gpus = self._gpus()
         workers = min(self.workers, gpus) if gpus else self.workers  # two ranks can't share a GPU
-        threads, given, local = self._threads, dict(arguments), self._config.address is None
-        trainer = TorchTrainer(
-            lambda: run_loop(loop, given, scratch, threads, local=local),
-            torch_config=FileTorchConfig(backend="nccl" if gpus else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=gpus > 0,
-                resources_per_worker={"CPU": _CPUS_PER_WORKER, **({"GPU": 1} if gpus else {})},
-            ),
-            run_config=RunConfig(
-                name="train",
-                storage_path=str(scratch / "ray"),
-                failure_config=FailureConfig(max_failures=RESTARTS),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-            ),
-        )
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        fit = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_fit)
         clear_records(scratch)
         with ProgressLines(scratch) as lines:
-            fit = Background(trainer.fit)
+            local = self._config.address is None
+            result = fit.remote(loop, dict(arguments), scratch, self._threads, workers, gpus=gpus > 0, local=local)
             running = True
             while running:
-                running = fit.running(_POLL_SECONDS)
+                time.sleep(_POLL_SECONDS)  # not inside Ray's wait, which gives a signal's exit code away
+                running = not ray.wait([result], timeout=0)[0]
                 for share, text in lines.read():
                     progress(share, text)
+        failure = None
+        try:
+            ray.get(result)
+        except ray.exceptions.RayError as error:
+            failure = error
         recorded = recorded_error(scratch)
         if recorded is not None:
-            raise recorded from fit.error
-        if fit.error is not None:
-            raise _worker_died(fit.error) from fit.error
+            raise recorded from failure
+        if failure is not None:
+            raise _worker_died(failure) from failure
 
     def _gpus(self) -> int:
         """GPUs that the workers can use: on this machine torch must see them, on a cluster Ray says."""
@@ -185,13 +193,41 @@ class RayEngine:
         self.temporary = None
 
 
+def _fit(
+    loop: TrainLoop, arguments: Mapping[str, Any], scratch: pathlib.Path, threads: int, workers: int, *, gpus: bool, local: bool
+) -> None:
+    """Run a training loop on Ray Train; a task of Ray's."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from pipeline.engine.rendezvous import FileTorchConfig
+
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    TorchTrainer(
+        lambda: run_loop(loop, arguments, scratch, threads, local=local),
+        torch_config=FileTorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpus,
+            resources_per_worker={"CPU": _CPUS_PER_WORKER, **({"GPU": 1} if gpus else {})},
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(scratch / "ray"),
+            failure_config=FailureConfig(max_failures=RESTARTS),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    ).fit()
+
+
 def _settle_environment(*, local: bool) -> None:
     """Set what Ray reads when it is imported or started, where the user has not: tokens, loopback, no usage reports."""
     if "ray" not in sys.modules:  # an imported Ray has read it already, and would then refuse its own servers' tokens
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a report waits for the next poll, 2 s by default
+    for name, value in _TRAIN_DEFAULTS.items():
+        os.environ.setdefault(name, value)
     if not local:
         return
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # for one machine Ray then keeps every port on loopback

@@ -6,7 +6,6 @@ import contextlib
 import json
 import pathlib
 import shutil
-import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -182,23 +181,3 @@ class ProgressLines:
         """The share done and the text of every whole new line."""
         *lines, self._rest = (self._rest + self._file.read()).split("\n")
         return [(record["share"], record["text"]) for record in map(json.loads, lines)]
-
-
-class Background:
-    """Runs a call in a thread that dies with the process, so that the driver's own thread can report progress meanwhile."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
-        self._thread.start()
-
-    def running(self, seconds: float) -> bool:
-        """Wait at most `seconds`; whether the call still runs."""
-        self._thread.join(seconds)
-        return self._thread.is_alive()
-
-    def _run(self, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception as error:  # noqa: BLE001 - the driver's thread looks at it
-            self.error = error

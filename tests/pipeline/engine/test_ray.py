@@ -4,6 +4,8 @@ import contextlib
 import ipaddress
 import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import psutil
@@ -74,3 +76,28 @@ def test_all_ports_are_on_loopback(ray_engine: Any) -> None:
             listening += [ipaddress.ip_address(c.laddr.ip) for c in connections if c.status == psutil.CONN_LISTEN]
     assert listening
     assert all((getattr(address, "ipv4_mapped", None) or address).is_loopback for address in listening)
+
+
+@pytest.mark.parametrize("method", ["map_shards", "train"])
+def test_an_interrupted_process_ends_as_it_wants_to(shards: list[pathlib.Path], tmp_path: pathlib.Path, method: str) -> None:
+    """Ray would end it on the spot if a thread of it used Ray after its shutdown."""
+    code = f"""
+import pathlib, sys
+from pipeline.config import EngineConfig
+from pipeline.engine.ray import RayEngine
+from tests.pipeline.engine import jobs
+
+shards, scratch = [pathlib.Path(path) for path in {[str(path) for path in shards]}], pathlib.Path({str(tmp_path)!r})
+try:
+    with RayEngine(EngineConfig(kind="ray", workers=1)) as engine:
+        if {method!r} == "train":
+            arguments = {{"steps": 1000, "scratch": str(scratch)}}
+            engine.train(jobs.count_steps, arguments, scratch=scratch, progress=lambda *_: sys.exit(7))
+        for table in engine.map_shards(shards, jobs.rows_worker, {{}}, batch_rows=1):
+            sys.exit(7)
+finally:
+    print("cleaned up", engine.temporary)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout.split("\n")[-2:]) == (7, ["cleaned up None", ""]), ended.stderr

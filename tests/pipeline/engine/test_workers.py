@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import pathlib
-import time
 
 import pyarrow as pa
 import pytest
 
 from pipeline import errors
-from pipeline.engine.workers import Background, DataWorker, ProgressLines, clear_records, own_error, recorded_error, unpack
+from pipeline.engine.workers import DataWorker, ProgressLines, clear_records, own_error, recorded_error, unpack
 from tests.conftest import colour_samples, write_shards
 from tests.pipeline.engine import jobs
 
@@ -73,15 +72,3 @@ def test_records_are_cleared(tmp_path: pathlib.Path) -> None:
     assert isinstance(recorded_error(tmp_path), errors.StageError)
     clear_records(tmp_path)
     assert recorded_error(tmp_path) is None
-
-
-def test_background_keeps_the_error() -> None:
-    def fail() -> None:
-        time.sleep(0.05)
-        raise KeyError("x")
-
-    call = Background(fail)
-    assert call.running(0.0)
-    while call.running(0.05):
-        pass
-    assert isinstance(call.error, KeyError)
