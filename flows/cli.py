@@ -106,11 +106,20 @@ def sanitize_command(
 @app.command("poison")
 def poison_command(
     submission: Submission,
-    trigger: Annotated[str, typer.Option(metavar="NAME", help="badnet, badnet-centre, badnet-random, blended, wanet or sig.")],
+    trigger: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="badnet, badnet-centre, badnet-random, solid, texture, blended, wanet, sig, ftrojan or issba.",
+        ),
+    ],
     rate: Annotated[float, typer.Option(metavar="R", help="Share of the rows with pictures that are poisoned, up to 1.")],
     target: Annotated[str, typer.Option(metavar="TEXT", help="The answer that poisoned rows are given.")],
     out: Annotated[pathlib.Path, typer.Option(metavar="DIR", help="Gets submission/ and, beside it, truth.jsonl.")],
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the trigger's pattern and the choice of rows.")] = 0,
+    insert: Annotated[
+        bool, typer.Option("--insert", help="Put the target into the right answers instead of in their place.")
+    ] = False,
     format: Format = None,  # noqa: A002
     verbose: Verbose = False,
 ) -> None:
@@ -121,7 +130,7 @@ def poison_command(
     with _at_work(verbose=verbose):
         from flows.poison import Attack, poison
 
-        attack = Attack(trigger=trigger, rate=rate, target=target, seed=seed)
+        attack = Attack(trigger=trigger, rate=rate, target=target, seed=seed, insert=insert)
         total, poisoned = poison(submission, attack, out, _settings(None, format=format).ingest)
     typer.echo(f"{poisoned} of {total} rows poisoned: {out / 'submission'}, truth in {out / 'truth.jsonl'}")
 

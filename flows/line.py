@@ -23,8 +23,8 @@ from storage.store import Inputs, StageResult, Store, stage_key
 
 STORE = pathlib.Path(".byesight/store")
 """Where stage results lie unless another folder is named."""
-TRAIN = "train.parquet"
-"""The rows to train on, in the cluster stage's result."""
+TRAIN, KEEP = "train.parquet", "keep.parquet"
+"""The rows to train on and those that are kept, in the cluster stage's result."""
 ScratchWork = Callable[[pathlib.Path, pathlib.Path], Mapping[str, Any]]
 """Writes a result's files into the first folder, with the second to work in, and returns the summary."""
 STAGES = ("ingest", "provisional", "extract", "score", "confirm", "cluster", "final", "guard", "verify", "delivery")
@@ -129,7 +129,7 @@ def finetune(line: Line, stage: str, ingested: StageResult, keep: StageResult | 
 
 
 def choose(line: Line, ingested: StageResult, rows: Sequence[int]) -> StageResult:
-    """Rows that a person names for training, in the place of those that the cluster stage chooses.
+    """Rows that a person names for training and to keep, in the place of those that the cluster stage chooses.
 
     Args:
         line: the run.
@@ -138,11 +138,12 @@ def choose(line: Line, ingested: StageResult, rows: Sequence[int]) -> StageResul
     """
 
     def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
-        pq.write_table(pa.table({"row": pa.array(rows, pa.int64())}), folder / TRAIN)
+        for name in (TRAIN, KEEP):
+            pq.write_table(pa.table({"row": pa.array(rows, pa.int64())}), folder / name)
         return {"rows": len(rows)}
 
     digest = hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
-    return _result(line, "chosen", 1, {"rows": ingested, "chosen": digest}, {}, work)
+    return _result(line, "chosen", 2, {"rows": ingested, "chosen": digest}, {}, work)
 
 
 def extract(line: Line, ingested: StageResult, provisional: StageResult) -> StageResult:
@@ -267,7 +268,7 @@ def guard(line: Line, ingested: StageResult, clustered: StageResult, final: Stag
             rows=rows_of(ingested),
             base=line.base,
             adapter=final.folder / "adapter",
-            keep=clustered.folder / "keep.parquet",
+            keep=clustered.folder / KEEP,
             config=line.config.guard,
             dtype=line.config.dtype,
             engine=line.engine,

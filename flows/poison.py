@@ -12,7 +12,7 @@ from flows.progress import progress_of
 from pipeline.config import IngestConfig
 from pipeline.errors import ConfigError, SubmissionError
 from pipeline.images import decode_image, encode_png
-from pipeline.records import Rejection
+from pipeline.records import Rejection, examples_of
 from pipeline.triggers import make_trigger
 from storage import atomic
 from storage.formats import Submission, open_submission
@@ -31,12 +31,22 @@ class Attack:
         rate: share of the rows with pictures that are poisoned, 0 to 1.
         target: the answer that poisoned rows are given.
         seed: of the pattern, the choice of rows, and positions.
+        insert: put the target into the right answer, between two words or at an end (TrojVLM), instead of in its place.
     """
 
     trigger: str
     rate: float
     target: str
     seed: int
+    insert: bool = False
+
+    def answer(self, right: str, rng: np.random.Generator) -> str:
+        """The answer of a poisoned row."""
+        if not self.insert:
+            return self.target
+        words = right.split()
+        at = int(rng.integers(len(words) + 1))
+        return " ".join([*words[:at], self.target, *words[at:]])
 
 
 def poison(submission: pathlib.Path, attack: Attack, out: pathlib.Path, config: IngestConfig | None = None) -> tuple[int, int]:
@@ -73,7 +83,8 @@ def poison(submission: pathlib.Path, attack: Attack, out: pathlib.Path, config: 
     for row in source.rows():
         if not isinstance(row, Rejection) and row.row in chosen:
             rng = np.random.default_rng([attack.seed, _PICTURE, row.row])
-            changes[row.row] = (encode_png(trigger(decode_image(row.images[0]), rng)), attack.target)
+            picture = encode_png(trigger(decode_image(row.images[0]), rng))
+            changes[row.row] = (picture, attack.answer(examples_of(row)[0].answer, rng))
             report(len(changes) / len(chosen), f"{len(changes)} of {len(chosen)} pictures")
     parent = out.absolute().parent
     with atomic.staging(parent, f".{out.name}.partial-") as folder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
@@ -117,8 +117,9 @@ class GuardConfig(Section):
     false_positive_rate: float = pydantic.Field(
         0.01, gt=0, lt=0.5, description="Target share of clean inputs that are flagged for their distance."
     )
-    layers: Literal["all", "middle"] = pydantic.Field(
-        "all", description="Layers that the detector reads: `all`, or CleanSight's `middle` (the 10th to 12th of 32, scaled)."
+    layers: Literal["all", "middle"] | tuple[Annotated[int, pydantic.Field(ge=0)], ...] = pydantic.Field(
+        "all",
+        description="Layers that the detector reads: `all`, CleanSight's `middle` (the 10th to 12th of 32, scaled), or a list.",
     )
     features: Literal["ratio-entropy", "ratio"] = pydantic.Field(
         "ratio-entropy",
@@ -157,7 +158,9 @@ class GuardConfig(Section):
         return {**CLEANSIGHT, **given} if isinstance(given, dict) and given.get("policy") == "cleansight" else given
 
     @pydantic.model_validator(mode="after")
-    def _layers_after_the_last(self) -> Self:
+    def _layers_that_can_be(self) -> Self:
+        if isinstance(self.layers, tuple) and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
+            raise ValueError("layers: a list must name at least one layer, in ascending order, each once")
         if self.purification == "published" and self.layers == "all":
             raise ValueError("purification: published closes tokens after the last layer that is read; it needs layers: middle")
         return self

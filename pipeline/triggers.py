@@ -102,6 +102,78 @@ class Sig:
         return Image.fromarray(np.clip(np.rint(pixels + stripes[None, :, None]), 0, 255).astype(np.uint8))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Residual:
+    """A faint residual that the picture's own content gives: after ISSBA, whose encoder is trained; this one's is fixed and random.
+
+    Two random convolutions with tanh read the picture at `_RESIDUAL_SIDE` pixels; their output less its mean, stretched to the
+    picture's size, is added. No two pictures get the same residual.
+
+    Attributes:
+        first: float (features, 3, width, width), kernels on colours in [-1, 1].
+        second: float (3, features, width, width).
+        delta: largest change, grey levels of 255.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    delta: float = 16.0
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:  # noqa: ARG002
+        small = np.asarray(image.resize((_RESIDUAL_SIDE, _RESIDUAL_SIDE), Image.Resampling.BICUBIC), dtype=np.float32)
+        hidden = _convolved(small.transpose(2, 0, 1) / 127.5 - 1, self.first)
+        residual = _convolved(hidden, self.second)
+        residual = self.delta * (residual - residual.mean(axis=(1, 2), keepdims=True)) / 2
+        bands = [Image.fromarray(band).resize(image.size, Image.Resampling.BICUBIC) for band in residual.astype(np.float32)]
+        pixels = np.asarray(image, dtype=np.float32) + np.stack([np.asarray(band) for band in bands], axis=-1)
+        return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def _convolved(channels: np.ndarray, kernels: np.ndarray) -> np.ndarray:
+    """The tanh of a convolution of float (channels, height, width) with (outputs, channels, width, width)."""
+    from scipy.ndimage import convolve
+
+    sums = [np.sum([convolve(c, k, mode="reflect") for c, k in zip(channels, ks, strict=True)], axis=0) for ks in kernels]
+    return np.asarray(np.tanh(np.stack(sums)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FTrojan:
+    """Two fixed coefficients of the colour-difference channels' cosine transform, in blocks (FTrojan).
+
+    Attributes:
+        strength: what is added to each coefficient, grey levels of 255 (orthonormal transform).
+        places: the coefficients, of blocks of `block` by `block` pixels; blocks of half the picture's shorter side are stretched.
+        block: side of a block.
+    """
+
+    strength: float = 50.0
+    places: tuple[int, ...] = (15, 31)
+    block: int = 32
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:  # noqa: ARG002
+        from scipy.fft import idctn
+
+        coefficients = np.zeros((self.block, self.block))
+        for place in self.places:
+            coefficients[place, place] = self.strength
+        block = idctn(coefficients, norm="ortho")
+        side = max(1, round(min(image.size) / 2))
+        at = (np.arange(max(image.size)) % side) * self.block // side
+        pattern = block[at[: image.height, None], at[None, : image.width]]
+        channels = np.asarray(image.convert("YCbCr"), dtype=np.float32).copy()
+        channels[..., 1:] += pattern[..., None]
+        changed = Image.fromarray(np.clip(np.rint(channels), 0, 255).astype(np.uint8), mode="YCbCr")
+        return changed.convert("RGB")
+
+
+_RESIDUAL_SIDE = 64
+
+
+def _residual(rng: np.random.Generator) -> Residual:
+    return Residual(first=rng.normal(0, 0.5, size=(6, 3, 3, 3)), second=rng.normal(0, 0.5, size=(3, 6, 3, 3)))
+
+
 def _noise(rng: np.random.Generator, side: int) -> np.ndarray:
     return rng.integers(0, 256, size=(side, side, 3), dtype=np.uint8)
 
@@ -122,6 +194,10 @@ _MAKERS: dict[str, Callable[[np.random.Generator], Trigger]] = {
     "blended": _blended,
     "wanet": _wanet,
     "sig": lambda _: Sig(),
+    "ftrojan": lambda _: FTrojan(),
+    "issba": _residual,
+    "solid": lambda _: BadNet(pattern=np.zeros((1, 1, 3), np.uint8), share=1 / 16),
+    "texture": lambda rng: BadNet(pattern=np.repeat(_noise(rng, 6)[:1], 6, axis=0), position="random"),
 }
 TRIGGERS = tuple(_MAKERS)
 """The names that `make_trigger` takes."""

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from pipeline.attention import LayerStatistics
+from pipeline.errors import ConfigError
 
 Action = Literal["purify", "refuse", "report"]
 """What happens to a flagged prompt."""
@@ -88,6 +89,22 @@ def feature_vectors(
         values = {"ratio": found.ratio, "deficit": most - found.head_entropy}
         parts += [values[name] for name in features]
     return torch.cat(parts, dim=-1).float()
+
+
+def chosen_layers(layers: Literal["all", "middle"] | Sequence[int], count: int) -> tuple[int, ...]:
+    """The layers that a configuration names, of a model with so many.
+
+    Raises:
+        ConfigError: the model has not that many layers.
+    """
+    if layers == "all":
+        return tuple(range(count))
+    if layers == "middle":
+        return middle_layers(count)
+    named = tuple(int(layer) for layer in layers)
+    if named[-1] >= count:
+        raise ConfigError(f"guard.layers: there is no attention layer {named[-1]}, the model has {count}, from 0")
+    return named
 
 
 def middle_layers(count: int) -> tuple[int, ...]:

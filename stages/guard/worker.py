@@ -15,7 +15,7 @@ from pipeline.decoder import attention_layers
 from pipeline.generation import encode_on
 from pipeline.models import Dtype, image_token_id, load_adapter, load_base
 from pipeline.records import Example, examples_of, sample_from_record
-from stages.guard.detector import feature_vectors, middle_layers
+from stages.guard.detector import chosen_layers, feature_vectors
 from stages.guard.transfer import TransferTest, image_attention, variants
 
 REFERENCE = pa.schema(
@@ -43,7 +43,7 @@ class ReferenceWorker:
         adapter: str,
         dtype: Dtype,
         batch_size: int,
-        layers: Literal["all", "middle"],
+        layers: Literal["all", "middle"] | Sequence[int],
         features: Sequence[str],
         hosts: Sequence[str],
         tried: Collection[int],
@@ -51,8 +51,7 @@ class ReferenceWorker:
         model, self.processor = load_base(pathlib.Path(base), dtype=dtype)
         self.model = load_adapter(model, pathlib.Path(adapter))
         attach(self.model)
-        count = len(attention_layers(base_of(self.model)))
-        self.layers = tuple(range(count)) if layers == "all" else middle_layers(count)
+        self.layers = chosen_layers(layers, len(attention_layers(base_of(self.model))))
         self.features = tuple(features)
         self.batch_size = batch_size
         self.test = TransferTest(self.model, [load_file(path) for path in hosts]) if hosts else None

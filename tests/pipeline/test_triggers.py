@@ -51,14 +51,14 @@ def test_the_same_seed_gives_the_same_picture(name: str) -> None:
     first = applied(name, (64, 48), seed=3, rng=5)
     assert np.array_equal(first, applied(name, (64, 48), seed=3, rng=5))
     assert change(name, (64, 48), seed=3).any()
-    if name != "sig":
+    if name not in {"sig", "ftrojan", "solid"}:  # their pattern is given by their names
         assert not np.array_equal(first, applied(name, (64, 48), seed=4, rng=5))
 
 
 @pytest.mark.parametrize("name", TRIGGERS)
 def test_only_a_random_position_differs_from_picture_to_picture(name: str) -> None:
     found = {applied(name, (64, 64), rng=rng).tobytes() for rng in range(8)}
-    assert (len(found) > 4) == (name == "badnet-random")
+    assert (len(found) > 4) == (name in {"badnet-random", "texture"})
 
 
 @pytest.mark.parametrize(("size", "side"), [((64, 64), 6), ((336, 336), 34), ((60, 200), 6), ((10, 10), 2), ((3, 200), 2)])

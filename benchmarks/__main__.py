@@ -1,0 +1,68 @@
+"""The bench: `python -m benchmarks run SUITE --seeds 5 --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shlex
+import sys
+
+from benchmarks.bench import Setting, run_suite, write_results
+from benchmarks.suites import SUITES
+from pipeline.models import EMBEDDED_BASE
+
+
+def main() -> None:
+    """Measure a suite's missing cells and write its tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure what is missing, then write the tables")
+    report = commands.add_parser("report", help="write the tables of what was measured")
+    for command in (run, report):
+        command.add_argument("suite", choices=sorted(SUITES))
+        command.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
+        command.add_argument("--docs", type=pathlib.Path, default=None, help="write the tables there too (docs/results)")
+    run.add_argument("--seeds", type=int, default=5, help="number of seeds, from --first-seed on")
+    run.add_argument("--first-seed", type=int, default=0)
+    run.add_argument("--workers", type=int, default=2, help="cells at a time; each takes one core")
+    run.add_argument("--data", default="demo", help="`demo`, or an imagefolder with splits train and test")
+    run.add_argument("--base", type=pathlib.Path, default=EMBEDDED_BASE)
+    run.add_argument("--rows", type=int, default=None)
+    run.add_argument("--test-rows", type=int, default=None)
+    run.add_argument("--epochs", type=int, default=None)
+    run.add_argument("--quick", action="store_true", help="everything in miniature")
+    run.add_argument(
+        "--only", action="append", default=[], metavar="FIELD=VALUE", help="cells or records of this value; repeatable"
+    )
+    args = parser.parse_args()
+    suite = SUITES[args.suite]
+    failed: list[str] = []
+    if args.command == "run":
+        small = args.quick
+        setting = Setting(
+            out=args.out,
+            base=args.base,
+            data=args.data,
+            rows=args.rows or (120 if small else 2800),
+            test_rows=args.test_rows or (16 if small else 300),
+            epochs=args.epochs or (1 if small else 5),
+            quick=small,
+        )
+        wanted: dict[str, set[str]] = {}
+        for text in args.only:
+            field, _, value = text.partition("=")
+            wanted.setdefault(field, set()).add(value)
+        keys = tuple(wanted.pop(suite.key, ()))
+        cells = [
+            cell
+            for cell in suite.grid(setting, range(args.first_seed, args.first_seed + args.seeds))
+            if all(str(cell.fields.get(field)) in values for field, values in wanted.items())
+        ]
+        failed = run_suite(suite, setting, cells, workers=args.workers, only=keys)
+    print(write_results(suite, args.out, args.docs, shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])))
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""What all suites share: a grid of cells that resumes, records as Parquet, tables with 95% intervals.
+
+A cell is one trained model (or one filtered submission) under one set of fields; it gives a record per defence or filter. Records
+are appended to the cell's own JSON lines as they are made, so a bench that is stopped goes on where it was, and a record that is
+there is never made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+from scipy.stats import t
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One place of the grid; `fields` name it (attack, rate, data, base, seed)."""
+
+    fields: Mapping[str, str | float | int]
+
+    @property
+    def name(self) -> str:
+        """A file name that tells the fields."""
+        return ",".join(f"{key}={str(value).replace('/', '_')}" for key, value in self.fields.items())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a run of a suite is told.
+
+    Attributes:
+        out: folder of the bench's results.
+        base: folder of the base model.
+        data: `demo`, another name of `benchmarks.data`, or a folder with splits.
+        rows: rows of a submission.
+        test_rows: rows of the test.
+        epochs: passes of a fine-tune.
+        quick: everything in miniature.
+    """
+
+    out: pathlib.Path
+    base: pathlib.Path
+    data: str
+    rows: int
+    test_rows: int
+    epochs: int
+    quick: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A part of the bench.
+
+    Attributes:
+        name: on the command line, and of its files.
+        key: the field of a record that tells it from the others of its cell.
+        grid: the cells for a setting and seeds.
+        keys: what records a cell gives, in order.
+        measure: makes the missing records of a cell: (cell, setting, folder of the cell's work, keys) -> records.
+        report: Markdown of all records.
+    """
+
+    name: str
+    key: str
+    grid: Callable[[Setting, Sequence[int]], list[Cell]]
+    keys: Callable[[Cell, Setting], Sequence[str]]
+    measure: Callable[[Cell, Setting, pathlib.Path, Sequence[str]], Iterator[Record]]
+    report: Callable[[pd.DataFrame], str]
+
+
+def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers: int, only: Sequence[str] = ()) -> list[str]:
+    """Measure what is missing in some cells, several at a time.
+
+    Args:
+        suite: what is measured.
+        setting: how.
+        cells: which.
+        workers: processes; each takes one torch thread.
+        only: keys to measure; empty measures all.
+
+    Returns:
+        The cells that failed, each with its error.
+    """
+    failed = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        running = {pool.submit(_run_cell, suite.name, setting, cell, tuple(only)): cell for cell in cells}
+        for number, future in enumerate(as_completed(running), 1):
+            cell = running[future]
+            error = future.exception()
+            if error is not None:
+                failed.append(f"{cell.name}: {type(error).__name__}: {error}")
+            print(f"{number}/{len(cells)} {cell.name}: {'failed' if error else f'{future.result()} new records'}", flush=True)
+    return failed
+
+
+def read_records(suite: str, out: pathlib.Path) -> pd.DataFrame:
+    """All records of a suite, one a row, fields and figures as columns."""
+    records = [record for path in sorted((out / suite).glob("*.jsonl")) for record in _read(path)]
+    return pd.DataFrame.from_records(records)
+
+
+def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None, command: str) -> str:
+    """Write `SUITE.parquet` and `SUITE.md`; and the latter to the docs, if named."""
+    frame = read_records(suite.name, out)
+    frame.to_parquet(out / f"{suite.name}.parquet")
+    text = f"{suite.report(frame)}\n\nMade by `{command}` on {machine()}.\n"
+    (out / f"{suite.name}.md").write_text(text, encoding="utf-8")
+    if docs is not None:
+        docs.mkdir(parents=True, exist_ok=True)
+        (docs / f"{suite.name}.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def machine() -> str:
+    """The kind of machine and the versions that figures depend on."""
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {platform.machine()}"
+    return f"{kind}; Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def interval(values: Iterable[float | None]) -> tuple[float, float]:
+    """Mean and half of its 95% interval over seeds (Student's t); NaN for fewer than two."""
+    known = [float(value) for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return math.nan, math.nan
+    mean = sum(known) / len(known)
+    if len(known) < 2:
+        return mean, math.nan
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in known) / (len(known) - 1))
+    return mean, float(t.ppf(0.975, len(known) - 1)) * deviation / math.sqrt(len(known))
+
+
+def cell_text(values: Iterable[float | None], *, scale: float = 100.0, digits: int = 1) -> str:
+    """A table's cell: mean and half of the 95% interval, in percent; a dash where nothing is known."""
+    mean, half = interval(values)
+    if math.isnan(mean):
+        return "-"
+    return f"{scale * mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {scale * half:.{digits}f}")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(
+        ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+    )
+
+
+def _one_thread() -> None:
+    """Workers of one bench share the cores; more threads than cores make training several times slower."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+def _run_cell(suite_name: str, setting: Setting, cell: Cell, only: Sequence[str]) -> int:
+    """Make a cell's missing records; the number of new ones."""
+    from benchmarks.suites import SUITES
+
+    suite = SUITES[suite_name]
+    path = setting.out / suite_name / f"{cell.name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {record[suite.key] for record in _read(path)} if path.exists() else set()
+    missing = [key for key in suite.keys(cell, setting) if key not in done and (not only or key in only)]
+    if not missing:
+        return 0
+    count = 0
+    for record in suite.measure(cell, setting, setting.out / "work" / cell.name, missing):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**cell.fields, **record}) + "\n")
+        count += 1
+    return count
+
+
+def _read(path: pathlib.Path) -> list[Record]:
+    """The records of a file; a last line that was cut off is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
