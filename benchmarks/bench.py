@@ -102,9 +102,10 @@ def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers:
         for number, future in enumerate(as_completed(running), 1):
             cell = running[future]
             error = future.exception()
+            told = f"{future.result()} new records" if error is None else f"{type(error).__name__}: {error}"
             if error is not None:
-                failed.append(f"{cell.name}: {type(error).__name__}: {error}")
-            print(f"{number}/{len(cells)} {cell.name}: {'failed' if error else f'{future.result()} new records'}", flush=True)
+                failed.append(f"{cell.name}: {told}")
+            print(f"{number}/{len(cells)} {cell.name}: {told}", flush=True)
     return failed
 
 
