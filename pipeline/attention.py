@@ -51,6 +51,46 @@ class Block:
         return self.keys & active[:, None] if bool(active.any()) else None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What is left of a prompt's keys in a layer's cache from which others were taken out.
+
+    Attributes:
+        columns: int (batch, kept), their places in the prompt, padding included.
+        valid: bool (batch, kept), False where a row has fewer left than another and its place is only filled.
+        prompt: keys of the whole prompt.
+    """
+
+    columns: torch.Tensor
+    valid: torch.Tensor
+    prompt: int
+
+    @classmethod
+    def without(cls, closed: torch.Tensor) -> Kept:
+        """All columns but the closed, bool (batch, keys), as many in each row as the row with most of them has."""
+        most = int((~closed).sum(-1).max())
+        columns = closed.int().argsort(dim=-1, stable=True)[:, :most]
+        return cls(columns=columns, valid=~closed.gather(1, columns), prompt=closed.shape[1])
+
+    def cut(self, states: torch.Tensor) -> torch.Tensor:
+        """Keys or values (batch, heads, keys, dim) of the whole prompt without what was taken out."""
+        index = self.columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+        return states.gather(2, index)
+
+    def mask(self, whole: torch.Tensor | None, length: int) -> torch.Tensor | None:
+        """A decoding step's mask, (batch or 1, 1 or heads, 1, at least `length` keys) or None, cut to the keys that are left."""
+        new = length - self.prompt
+        if whole is None:
+            if bool(self.valid.all()):
+                return None
+            return torch.nn.functional.pad(self.valid, (0, new), value=True)[:, None, None]
+        later = torch.arange(self.prompt, length, device=whole.device).expand(len(self.columns), -1)
+        index = torch.cat([self.columns, later], dim=1)[:, None, None]
+        cut = whole[..., :length].expand(len(self.columns), -1, -1, -1)
+        cut = cut.gather(3, index.expand(-1, cut.shape[1], cut.shape[2], -1))
+        return _with_block(~self.valid, cut, cut.shape[-1])
+
+
 @dataclasses.dataclass(kw_only=True)
 class Tap:
     """What forward passes inside `tapped` are watched for and kept from.
@@ -58,11 +98,13 @@ class Tap:
     Attributes:
         observer: called in every layer of a prefill (query length above 1); None watches nothing.
         block: the columns that are blocked, in prefill and decoding alike.
+        kept: by layer, what is left where columns were taken out of the cache; nothing is blocked there.
         length: tokens of prompt and answer so far, padding too, as the model's last mask counted them; 0 before the first.
     """
 
     observer: Observer | None = None
     block: Block | None = None
+    kept: dict[int, Kept] = dataclasses.field(default_factory=dict)
     length: int = 0
 
 
@@ -212,7 +254,12 @@ def attention_forward(
     tap = _TAP.get()
     layer = None if tap is None else _LAYERS.get(module)
     if tap is not None and layer is not None:
-        blocked = None if tap.block is None else tap.block.in_layer(layer)
+        kept = tap.kept.get(layer)
+        blocked = None if tap.block is None or kept is not None else tap.block.in_layer(layer)
+        if kept is not None:
+            if query.shape[2] > 1 or key.shape[2] != kept.columns.shape[1] + tap.length - kept.prompt:
+                raise ModelError("tokens were taken out of the cache; it can only be continued one token at a time")
+            attention_mask = kept.mask(attention_mask, tap.length)
         if blocked is not None:
             if not tap.length:
                 raise ModelError(f"{type(module).__name__}: the model makes its masks by itself; no column of them can be closed")

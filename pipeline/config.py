@@ -146,6 +146,11 @@ class GuardConfig(Section):
         description="`rewind`: the prefill is run again with the stealing tokens closed from an early layer on. `published`: what "
         "any head of the last detection layer attends to with more than `tau` is closed from the next layer on.",
     )
+    pruning: Literal["mask", "remove"] = pydantic.Field(
+        "mask",
+        description="How closed tokens are kept from decoding: masked, or taken out of the cache of the layers in which they are "
+        "closed, which shortens long prompts; the answers are the same.",
+    )
     tau: float = pydantic.Field(1e-4, ge=0, lt=1, description="Attention above which the published purification closes a token.")
     on_error: Literal["raise", "pass"] = pydantic.Field(
         "raise",

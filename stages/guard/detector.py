@@ -17,12 +17,6 @@ import torch
 from pipeline.attention import LayerStatistics
 from pipeline.errors import ConfigError
 
-Action = Literal["purify", "refuse", "report"]
-"""What happens to a flagged prompt."""
-Purification = Literal["rewind", "published"]
-"""How a flagged prompt's tokens are chosen and closed."""
-OnError = Literal["raise", "pass"]
-"""What happens when the guard itself fails: no answer (fail-closed), or an unguarded one (fail-open)."""
 FEATURES = ("ratio", "deficit")
 """Per head: natural log of image over text attention mass; ln(image tokens) minus the entropy of the image attention, nats."""
 TENSORS = ("mean", "deviation", "whitening", "layer_thresholds")

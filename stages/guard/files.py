@@ -15,14 +15,19 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ModelError
 from pipeline.models import ADAPTER_WEIGHTS
-from stages.guard.detector import FEATURES, TENSORS, Action, Detector, OnError, Purification
-from stages.guard.purify import TAU
+from stages.guard.detector import FEATURES, TENSORS, Detector
+from stages.guard.policy import Action, OnError, Policy, Pruning, Purification
 from stages.guard.transfer import LEAST_HOSTS, MAJORITY, TransferRule
 
 GUARD = "guard.json"
 GUARD_TENSORS = "guard.safetensors"
-SCHEMA = 2
-_POLICY = {"action": get_args(Action), "purification": get_args(Purification), "on_error": get_args(OnError)}
+SCHEMA = 3
+_POLICY = {
+    "action": get_args(Action),
+    "purification": get_args(Purification),
+    "pruning": get_args(Pruning),
+    "on_error": get_args(OnError),
+}
 _LIMITS = ("distance", "attended", "whole")
 _HOST = "host"
 """Tensors of the causal test's prompts are named host.BATCH.NAME."""
@@ -35,9 +40,7 @@ class Guard:
     Attributes:
         detector: the reference and the threshold.
         transfer: the causal test of suspicious inputs, if there is one.
-        action: what happens to a flagged input.
-        purification, tau: how it is purified.
-        on_error: what happens when the guard itself fails.
+        policy: what it does with what it finds.
         base: identity of the base it was calibrated on.
         adapter: sha256 of the adapter's weights; empty where the base itself is guarded.
         facts: reference rows, target false positive rate and the like, for people to read.
@@ -45,10 +48,7 @@ class Guard:
 
     detector: Detector
     transfer: TransferRule | None = None
-    action: Action
-    purification: Purification = "rewind"
-    tau: float = TAU
-    on_error: OnError = "raise"
+    policy: Policy
     base: str
     adapter: str
     facts: dict[str, Any]
@@ -74,8 +74,7 @@ def save_guard(guard: Guard, folder: pathlib.Path) -> None:
         "schema": SCHEMA,
         "base": guard.base,
         "adapter": guard.adapter,
-        **{name: getattr(guard, name) for name in _POLICY},
-        "tau": guard.tau,
+        **dataclasses.asdict(guard.policy),
         "layers": list(detector.layers),
         "features": list(detector.features),
         "threshold": detector.threshold,
@@ -117,16 +116,15 @@ def load_guard(folder: pathlib.Path, *, base: str, adapter: str) -> Guard:
     try:
         detector = _detector(content, tensors)
         transfer = None if content["transfer"] is None else _transfer(content["transfer"], tensors)
-        tau, facts = float(content["tau"]), dict(content["facts"])
-        policy = {name: content[name] for name in _POLICY}
+        policy, facts = Policy(**{name: content[name] for name in _POLICY}, tau=float(content["tau"])), dict(content["facts"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"{folder}: the guard's files are incomplete or contradict each other: {error}") from error
-    if not 0 <= tau < 1:
-        raise ModelError(f"{folder / GUARD}: tau {tau} is no attention weight")
+    if not 0 <= policy.tau < 1:
+        raise ModelError(f"{folder / GUARD}: tau {policy.tau} is no attention weight")
     for name, values in _POLICY.items():
-        if policy[name] not in values:
-            raise ModelError(f"{folder / GUARD}: the {name} {policy[name]!r} is none of {', '.join(values)}")
-    return Guard(detector=detector, transfer=transfer, **policy, tau=tau, base=base, adapter=adapter, facts=facts)
+        if getattr(policy, name) not in values:
+            raise ModelError(f"{folder / GUARD}: the {name} {getattr(policy, name)!r} is none of {', '.join(values)}")
+    return Guard(detector=detector, transfer=transfer, policy=policy, base=base, adapter=adapter, facts=facts)
 
 
 def _detector(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Detector:

@@ -20,9 +20,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from pipeline.attention import (
     Block,
+    Kept,
     LayerStatistics,
     PromptRegions,
     Tap,
@@ -36,9 +38,10 @@ from pipeline.attention import (
 from pipeline.decoder import attention_layers, is_hybrid
 from pipeline.errors import ByeSightError, ConfigError, ModelError
 from pipeline.models import image_token_id
-from stages.guard.detector import Action, Detector, OnError, Purification, feature_vectors
+from stages.guard.detector import Detector, feature_vectors
 from stages.guard.files import Guard
-from stages.guard.purify import TAU, published_tokens, rewind_layers, stealing_heads, stealing_tokens
+from stages.guard.policy import DEFAULT, Policy
+from stages.guard.purify import published_tokens, rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import Counters, GuardRecord
 from stages.guard.transfer import Carried, TransferRule, TransferTest, image_attention
 
@@ -94,10 +97,7 @@ class GuardedModel:
         model: base or PEFT model.
         detector: calibrated on this very model.
         transfer: the causal test of suspicious inputs; None leaves all to the detector, as published.
-        action: what happens to flagged inputs.
-        purification: how they are purified.
-        tau: attention above which the published purification closes a token.
-        on_error: what happens when the guard itself fails.
+        policy: what happens to flagged inputs, and when the guard itself fails.
 
     Raises:
         ModelError: the model's attention can't be read (`pipeline.decoder`), it has fewer layers than the detector reads, or
@@ -110,17 +110,11 @@ class GuardedModel:
         detector: Detector,
         *,
         transfer: TransferRule | None = None,
-        action: Action = "purify",
-        purification: Purification = "rewind",
-        tau: float = TAU,
-        on_error: OnError = "raise",
+        policy: Policy = DEFAULT,
     ) -> None:
         self.model = model
         self.detector = detector.to(model.device)
-        self.action = action
-        self.purification = purification
-        self.tau = tau
-        self.on_error = on_error
+        self.policy = policy
         self._counters = Counters()
         self._last = threading.local()
         base = base_of(model)
@@ -128,12 +122,12 @@ class GuardedModel:
         layers = len(attention_layers(base))
         if detector.layers[-1] >= layers:
             raise ModelError(f"the guard reads attention layer {detector.layers[-1]}, but {type(base).__name__} has {layers}")
-        if action == "purify" and is_hybrid(base):
+        if policy.action == "purify" and is_hybrid(base):
             _log.warning(
                 "%s has layers without attention, which can pass on what the guard closes; the action `refuse` is safer",
                 type(base).__name__,
             )
-        if purification == "published" and detector.layers[-1] + 1 >= layers:
+        if policy.purification == "published" and detector.layers[-1] + 1 >= layers:
             raise ModelError(f"the published purification closes tokens after layer {detector.layers[-1]}, the last there is")
         self.rule = transfer
         self._before = attach(model)
@@ -151,15 +145,7 @@ class GuardedModel:
     @classmethod
     def of(cls, model: Any, guard: Guard) -> GuardedModel:
         """Put a stored guard on the model that it was calibrated on."""
-        return cls(
-            model,
-            guard.detector,
-            transfer=guard.transfer,
-            action=guard.action,
-            purification=guard.purification,
-            tau=guard.tau,
-            on_error=guard.on_error,
-        )
+        return cls(model, guard.detector, transfer=guard.transfer, policy=guard.policy)
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # not there yet, while a copy is made
@@ -246,7 +232,7 @@ class GuardedModel:
         finally:
             _CALL.reset(token)
             self._last.records = call.records
-            self._counters.add(call.records, refuses=self.action == "refuse")
+            self._counters.add(call.records, refuses=self.policy.action == "refuse")
 
     @staticmethod
     def _check_seen(call: _Call) -> None:
@@ -262,7 +248,7 @@ class GuardedModel:
         except RefusedInputError:
             raise
         except Exception as error:
-            if self.on_error == "raise":
+            if self.policy.on_error == "raise":
                 raise
             _log.warning("the guard failed (%s), the answer is unguarded", type(error).__name__)
             call.done, call.tap.observer, call.tap.block = True, None, None
@@ -347,7 +333,7 @@ class GuardedModel:
             for k, found in carried.items():
                 transfers[k : k + call.beams] = found.share
                 flagged[k : k + call.beams] |= found.tokens is not None
-            if self.action == "purify" and bool(flagged.any()):
+            if self.policy.action == "purify" and bool(flagged.any()):
                 closing = self._closing(call, vectors, flagged, carried)
                 self._run_again(call, module, kwargs, output, closing, first)
         milliseconds = 1000 * (call.seconds + time.perf_counter() - started)
@@ -364,7 +350,7 @@ class GuardedModel:
             )
             for k in range(0, len(image), call.beams)  # beams of one input are alike
         ]
-        if self.action == "refuse" and bool(flagged.any()):
+        if self.policy.action == "refuse" and bool(flagged.any()):
             count = sum(record.flagged for record in call.records)
             raise RefusedInputError(f"{count} of {call.inputs} inputs were flagged by the guard and refused")
 
@@ -389,9 +375,9 @@ class GuardedModel:
         """What is closed in flagged rows, and from where on."""
         assert call.regions is not None
         image = call.regions.image
-        if self.purification == "published":
+        if self.policy.purification == "published":
             last = self.detector.layers[-1]
-            tokens = published_tokens(call.weights[last], image, self.tau) & flagged[:, None]
+            tokens = published_tokens(call.weights[last], image, self.policy.tau) & flagged[:, None]
             return _Closing(
                 tokens=tokens, layers=torch.where(tokens.any(-1), last + 1, -1), proven=torch.zeros_like(flagged), image=image
             )
@@ -409,9 +395,8 @@ class GuardedModel:
         tokens, layers = torch.where(blind[:, None], image, tokens), torch.where(blind, 0, layers)
         return _Closing(tokens=tokens, layers=layers, proven=proven, image=image)
 
-    @staticmethod
     def _run_again(
-        call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: _Closing, first: torch.Tensor
+        self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: _Closing, first: torch.Tensor
     ) -> None:
         """Close tokens, and replace logits and cache of their prompts by those of another prefill, in place.
 
@@ -429,6 +414,8 @@ class GuardedModel:
         if output.past_key_values is not None:
             for old, new in zip(output.past_key_values.layers, again.past_key_values.layers, strict=True):
                 _copy_rows(vars(old), vars(new), purified)
+            if self.policy.pruning == "remove":
+                call.tap.kept = _taken_out(base_of(self.model), output.past_key_values, call.tap.block)
         output.logits[purified] = again.logits[purified]
 
 
@@ -469,6 +456,27 @@ class _Closing:
         self.layers = torch.where(earlier, self.layers // 2, self.layers)
         self.tokens = torch.where(wider[:, None], self.image, self.tokens)
         return earlier | wider
+
+
+def _taken_out(base: Any, cache: Any, block: Block | None) -> dict[int, Kept]:
+    """Take closed columns out of a cache, in place; by layer, what is left.
+
+    The first layer stays whole, for transformers reads the length of what was said so far from it, and so do layers of fixed size
+    (static caches, sliding windows) and all where layers share theirs: there the columns stay masked.
+    """
+    found: dict[int, Kept] = {}
+    if block is None or getattr(base.config.get_text_config(), "num_kv_shared_layers", None):
+        return found
+    growing = [held for held in cache.layers if type(held) is DynamicLayer]
+    for number, module in enumerate(attention_layers(base)):
+        held, closed = cache.layers[module.layer_idx], block.in_layer(number)
+        if closed is None or held not in growing[1:]:
+            continue
+        kept = Kept.without(closed)
+        if kept.columns.shape[1] < closed.shape[1]:
+            held.keys, held.values = kept.cut(held.keys), kept.cut(held.values)
+            found[number] = kept
+    return found
 
 
 def _copy_rows(old: dict[Any, Any], new: dict[Any, Any], rows: torch.Tensor) -> None:

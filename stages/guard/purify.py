@@ -13,9 +13,8 @@ from collections.abc import Mapping
 import torch
 
 from stages.guard.detector import Detector
+from stages.guard.policy import TAU
 
-TAU = 1e-4
-"""Attention above which the published rule prunes a token, as others report running it (the public code's default is 0.02)."""
 SHARE = 0.8
 """Share of the stealing heads' image attention that the closed tokens hold. Between 0.5 and 0.9 nothing changed in trials."""
 LEAST_DEVIATION = 3.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pathlib
 from typing import Any
@@ -21,12 +22,13 @@ from pipeline.records import Example, Progress, examples_of, no_progress, sample
 from stages.guard.calibrate import Calibration, calibrate, conformal_quantile, familiar_tokens, layer_thresholds, transfer_threshold
 from stages.guard.detector import FEATURES, Detector
 from stages.guard.files import Guard, adapter_digest, save_guard
+from stages.guard.policy import Policy
 from stages.guard.transfer import SCREEN, TransferRule
 from stages.guard.worker import ReferenceWorker
 from stages.score.groups import plain_answer
 from storage.subset import copy_rows, pictured_rows
 
-VERSION = 3
+VERSION = 4
 CALIBRATION = "calibration.parquet"
 _BATCH = 32
 _TRIED = 100
@@ -126,10 +128,7 @@ def run(
     guard = Guard(
         detector=detector,
         transfer=transfer,
-        action=config.action,
-        purification=config.purification,
-        tau=config.tau,
-        on_error=config.on_error,
+        policy=Policy(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Policy)}),
         base=base_identity(base),
         adapter=adapter_digest(adapter),
         facts=facts,

@@ -61,8 +61,9 @@ def verify_worker(
 
         digest = adapter_digest(pathlib.Path(adapter)) if adapter else ""
         found = load_guard(pathlib.Path(guard), base=base_identity(pathlib.Path(base)), adapter=digest)
-        action = "purify" if found.action == "refuse" else found.action
-        model = GuardedModel.of(model, dataclasses.replace(found, action=action, on_error="raise"))
+        action = "purify" if found.policy.action == "refuse" else found.policy.action
+        policy = dataclasses.replace(found.policy, action=action, on_error="raise")
+        model = GuardedModel.of(model, dataclasses.replace(found, policy=policy))
     return VerifyWorker(
         model=model, processor=processor, batch_size=batch_size, max_new_tokens=max_new_tokens, guarded=guard is not None
     )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.errors import ModelError
 from stages.guard.detector import TENSORS, Detector
 from stages.guard.files import GUARD, GUARD_TENSORS, Guard, adapter_digest, load_guard, save_guard
+from stages.guard.policy import Policy
 from stages.guard.transfer import TransferRule
 
 BASE, ADAPTER = "b" * 64, "a" * 64
@@ -33,7 +34,7 @@ def guard() -> Guard:
         threshold=1 / 3,
         layer_thresholds=torch.tensor([3.5, 4.5]),
     )
-    return Guard(detector=detector, action="report", base=BASE, adapter=ADAPTER, facts={"reference_rows": 400})
+    return Guard(detector=detector, policy=Policy(action="report"), base=BASE, adapter=ADAPTER, facts={"reference_rows": 400})
 
 
 def ruled(batches: int = 2) -> Guard:
@@ -65,7 +66,7 @@ def test_round_trip(folder: pathlib.Path) -> None:
         assert torch.equal(getattr(found.detector, name), getattr(made.detector, name)), name
     assert found.detector.threshold == made.detector.threshold
     assert (found.detector.layers, found.detector.features) == (made.detector.layers, made.detector.features)
-    assert (found.action, found.base, found.adapter, found.facts) == ("report", BASE, ADAPTER, {"reference_rows": 400})
+    assert (found.policy.action, found.base, found.adapter, found.facts) == ("report", BASE, ADAPTER, {"reference_rows": 400})
     assert {path.name for path in folder.iterdir()} == {GUARD, GUARD_TENSORS}
 
 
@@ -162,10 +163,10 @@ DAMAGE: dict[str, tuple[str, Change]] = {
     "json empty": ("can't be read", lambda folder: (folder / GUARD).write_bytes(b"")),
     "tensors empty": ("can't be read", lambda folder: (folder / GUARD_TENSORS).write_bytes(b"")),
     "no text": ("can't be read", lambda folder: (folder / GUARD).write_bytes(b"\xff\xfe\x00")),
-    "a list": ("not of schema 2", lambda folder: (folder / GUARD).write_text("[]")),
-    "a number": ("not of schema 2", lambda folder: (folder / GUARD).write_text("7")),
-    "another schema": ("not of schema 2; calibrate", json_with(schema=1)),
-    "no schema": ("not of schema 2", json_with(schema=...)),
+    "a list": ("not of schema 3", lambda folder: (folder / GUARD).write_text("[]")),
+    "a number": ("not of schema 3", lambda folder: (folder / GUARD).write_text("7")),
+    "another schema": ("not of schema 3; calibrate", json_with(schema=1)),
+    "no schema": ("not of schema 3", json_with(schema=...)),
     "another base": ("calibrated on base cccccccccccccccc, not on bbbbbbbbbbbbbbbb", json_with(base="c" * 64)),
     "another adapter": ("calibrated on adapter cccccccccccccccc, not on aaaaaaaaaaaaaaaa", json_with(adapter="c" * 64)),
     "no base": ("calibrated on base None", json_with(base=...)),
@@ -294,7 +295,7 @@ def test_it_belongs_to_one_base_and_one_adapter(folder: pathlib.Path) -> None:
 
 def test_a_guard_of_the_base_alone(tmp_path: pathlib.Path) -> None:
     made = guard()
-    save_guard(Guard(detector=made.detector, action="purify", base=BASE, adapter="", facts={}), tmp_path)
+    save_guard(Guard(detector=made.detector, policy=Policy(action="purify"), base=BASE, adapter="", facts={}), tmp_path)
     assert load_guard(tmp_path, base=BASE, adapter="").adapter == ""
 
 

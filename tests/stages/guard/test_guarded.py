@@ -20,8 +20,9 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load_adapter, load_base
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, question_answer
-from stages.guard.detector import FEATURES, Action, Detector, feature_vectors
+from stages.guard.detector import FEATURES, Detector, feature_vectors
 from stages.guard.guarded import GuardedModel, RefusedInputError, _Closing
+from stages.guard.policy import Action, Policy
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import GuardRecord
 from stages.guard.transfer import Carried, TransferRule, TransferTest, attended, image_attention
@@ -152,7 +153,7 @@ def same_scores(a: Any, b: Any, rows: Sequence[int]) -> bool:
 def test_unflagged_inputs_are_untouched(model: Any, name: str, action: Action, request: pytest.FixtureRequest) -> None:
     given = request.getfixturevalue(name)
     plain = generated(model, given)
-    with GuardedModel(model, plain_detector(threshold=FAR), action=action) as guarded:
+    with GuardedModel(model, plain_detector(threshold=FAR), policy=Policy(action=action)) as guarded:
         found = generated(guarded, given)
     assert torch.equal(found.sequences, plain.sequences)
     assert same_scores(found, plain, range(len(given["input_ids"])))
@@ -253,7 +254,7 @@ def test_a_batch_is_judged_as_its_rows_alone(model: Any, batch: Batch, tiny_mode
 
 def test_report_flags_and_changes_nothing(model: Any, batch: Batch) -> None:
     plain = generated(model, batch)
-    with GuardedModel(model, plain_detector(threshold=1e-6), action="report") as guarded:
+    with GuardedModel(model, plain_detector(threshold=1e-6), policy=Policy(action="report")) as guarded:
         found = generated(guarded, batch)
     assert torch.equal(found.sequences, plain.sequences)
     assert same_scores(found, plain, range(4))
@@ -267,7 +268,7 @@ def test_report_flags_and_changes_nothing(model: Any, batch: Batch) -> None:
 
 def test_refuse(model: Any, batch: Batch) -> None:
     seen = prefill(model, batch)
-    with GuardedModel(model, detector_for(seen, 1, 0), action="refuse") as guarded:
+    with GuardedModel(model, detector_for(seen, 1, 0), policy=Policy(action="refuse")) as guarded:
         with pytest.raises(RefusedInputError, match="1 of 4 inputs were flagged"):
             generated(guarded, batch)
         assert [record.flagged for record in guarded.records] == [False, True, False, False]
@@ -282,10 +283,10 @@ def test_refuse(model: Any, batch: Batch) -> None:
 
 def test_a_distance_that_is_no_number_is_flagged(model: Any, even: Batch) -> None:
     detector = dataclasses.replace(plain_detector(threshold=FAR), mean=torch.full((LAYERS * HEADS * 2,), torch.nan))
-    with GuardedModel(model, detector, action="purify") as guarded:
+    with GuardedModel(model, detector, policy=Policy(action="purify")) as guarded:
         generated(guarded, even)
         assert all(record.flagged and math.isnan(record.distance) for record in guarded.records)
-        guarded.action = "refuse"
+        guarded.policy = Policy(action="refuse")
         with pytest.raises(RefusedInputError, match="3 of 3"):
             generated(guarded, even)
 
@@ -293,7 +294,7 @@ def test_a_distance_that_is_no_number_is_flagged(model: Any, even: Batch) -> Non
 def test_text_alone(model: Any, tiny_model: tuple[Any, Any]) -> None:
     given = encode_prompts(tiny_model[1], [asked("say yes"), asked("say no, please")])
     plain = generated(model, given)
-    with GuardedModel(model, plain_detector(threshold=1e-9), action="refuse") as guarded:
+    with GuardedModel(model, plain_detector(threshold=1e-9), policy=Policy(action="refuse")) as guarded:
         assert torch.equal(generated(guarded, given).sequences, plain.sequences)
         single = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.tensor([[1]])}
         generated(guarded, single)
@@ -404,7 +405,7 @@ def test_a_plain_call_of_the_model_is_not_watched(model: Any, batch: Batch) -> N
 def test_two_guards_on_one_model(model: Any, batch: Batch) -> None:
     with (
         GuardedModel(model, plain_detector(threshold=FAR)) as first,
-        GuardedModel(model, plain_detector(threshold=1e-6), action="report") as second,
+        GuardedModel(model, plain_detector(threshold=1e-6), policy=Policy(action="report")) as second,
     ):
         generated(first, batch)
         assert not any(record.flagged for record in first.records)
@@ -598,7 +599,9 @@ def test_the_input_that_is_tried(model: Any, mixed: Batch, hosts: tuple[Batch, .
     seen = prefill(model, mixed)
     layers = (0, 2)
     rule = rule_for(model, mixed, hosts, *range(4), familiar=torch.tensor([-1]))
-    with GuardedModel(model, plain_detector(layers=layers, threshold=FAR), transfer=rule, action="report") as guarded:
+    with GuardedModel(
+        model, plain_detector(layers=layers, threshold=FAR), transfer=rule, policy=Policy(action="report")
+    ) as guarded:
         generated(guarded, mixed)
     assert tried.first == first_tokens(model, mixed)[list(PICTURED)].tolist()
     pictures = list(base_of(model).get_image_features(pixel_values=mixed["pixel_values"]).pooler_output)
@@ -720,7 +723,7 @@ def test_what_does_not_carry_is_untouched(
     rule = rule_for(model, mixed, hosts[: given.get("hosts")], 0, **{k: v for k, v in given.items() if k != "hosts"})
     if not math.isnan(share):
         monkeypatch.setattr(TransferTest, "share", lambda *_, **__: share)
-    with GuardedModel(model, late_detector(), transfer=rule, action=action) as guarded:
+    with GuardedModel(model, late_detector(), transfer=rule, policy=Policy(action=action)) as guarded:
         found = generated(guarded, mixed)
         records = guarded.records
     assert torch.equal(found.sequences, plain.sequences)
@@ -732,7 +735,7 @@ def test_what_does_not_carry_is_untouched(
 @pytest.mark.parametrize("action", ["report", "refuse"])
 def test_a_carried_answer_is_reported_or_refused(model: Any, mixed: Batch, hosts: tuple[Batch, ...], action: Action) -> None:
     plain = generated(model, mixed)
-    with GuardedModel(model, late_detector(), transfer=rule_for(model, mixed, hosts, 0), action=action) as guarded:
+    with GuardedModel(model, late_detector(), transfer=rule_for(model, mixed, hosts, 0), policy=Policy(action=action)) as guarded:
         if action == "refuse":
             with pytest.raises(RefusedInputError, match="1 of 4 inputs were flagged"):
                 generated(guarded, mixed)
@@ -772,7 +775,7 @@ def test_other_ways_to_generate_with_a_causal_test(
 def test_beams_are_tried_once(model: Any, mixed: Batch, hosts: tuple[Batch, ...], tried: Tried, beams: int) -> None:
     """Three of four inputs, the third has no picture: each is tried with a picture of its own."""
     rule = rule_for(model, mixed, hosts, *range(4), familiar=torch.tensor([-1]))
-    with GuardedModel(model, late_detector(), transfer=rule, action="report") as guarded:
+    with GuardedModel(model, late_detector(), transfer=rule, policy=Policy(action="report")) as guarded:
         generated(guarded, mixed, num_beams=beams)
         transfers = [record.transfer for record in guarded.records]
     assert [len(tokens) for tokens in tried.tokens] == [64, 128, 64]
@@ -797,7 +800,7 @@ def test_who_is_tried(model: Any, mixed: Batch, hosts: tuple[Batch, ...], tried:
     ):
         tried.first.clear()
         rule = rule_for(model, mixed, hosts, 0, distance=distance, familiar=familiar)
-        with GuardedModel(model, detector, transfer=rule, action="report") as guarded:
+        with GuardedModel(model, detector, transfer=rule, policy=Policy(action="report")) as guarded:
             generated(guarded, mixed)
         assert tried.first == [int(first[k]) for k in sorted(rows)]
 
@@ -806,7 +809,7 @@ def test_text_alone_is_never_tried(model: Any, tiny_model: tuple[Any, Any], host
     given = encode_prompts(tiny_model[1], [asked("say yes"), asked("say no, please")])
     rule = TransferRule(hosts=hosts, distance=-1.0, familiar=torch.tensor([-1]), attended=0.5, whole=0.5)
     plain = generated(model, given)
-    with GuardedModel(model, plain_detector(threshold=1e-9), transfer=rule, action="refuse") as guarded:
+    with GuardedModel(model, plain_detector(threshold=1e-9), transfer=rule, policy=Policy(action="refuse")) as guarded:
         assert torch.equal(generated(guarded, given).sequences, plain.sequences)
         assert not any(record.ran or record.flagged for record in guarded.records)
         assert all(math.isnan(record.transfer) for record in guarded.records)

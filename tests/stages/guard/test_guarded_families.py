@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
-from pipeline.attention import attach, attached, detach
+from pipeline.attention import Kept, attach, attached, detach
 from pipeline.errors import ModelError
 from pipeline.models import image_token_id
 from stages.extract.table import AttentionTable
 from stages.extract.worker import ExtractWorker, records_to_table
-from stages.guard.detector import FEATURES, Action, Detector, feature_vectors
-from stages.guard.guarded import GuardedModel
+from stages.guard.detector import FEATURES, Detector, feature_vectors
+from stages.guard.guarded import GuardedModel, _Closing, _taken_out
+from stages.guard.policy import Action, Policy
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.transfer import TransferTest
 from tests.eager import NEVER, closed, eager_rows, eager_twin, generated, plain_vectors
@@ -182,6 +184,41 @@ def test_a_flagged_row_is_that_of_an_eager_run_without_its_tokens(name: str, row
     assert not torch.allclose(found.scores[0][row], plain.scores[0][row], atol=10 * noise), "nothing was closed"
 
 
+def test_taking_tokens_out_of_the_cache_is_masking_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token more in every other row, so that some rows are filled up."""
+    built, noise = build(name), FAMILIES[name].noise
+    seen = built.batch["attention_mask"].bool()
+    tokens = torch.zeros_like(seen)
+    tokens[:, -3] = True
+    tokens[::2, -5] = seen[::2, -5]
+    found: list[dict[int, Kept]] = []
+
+    def close(*_: Any) -> _Closing:
+        return _Closing(tokens=tokens, layers=torch.ones(len(tokens), dtype=torch.int64), proven=seen[:, 0] & False, image=seen)
+
+    def spy(*args: Any) -> dict[int, Kept]:
+        found.append(_taken_out(*args))
+        return found[-1]
+
+    monkeypatch.setattr(GuardedModel, "_closing", close)
+    monkeypatch.setattr("stages.guard.guarded._taken_out", spy)
+    flags = plain_detector(layers=range(FAMILIES[name].attention_layers), heads=HEADS, threshold=1e-6)
+    with GuardedModel(built.model, flags) as guarded:
+        masked = generated(guarded, built.batch)
+    assert found == []
+    with GuardedModel(built.model, flags, policy=Policy(pruning="remove")) as guarded:
+        removed = generated(guarded, built.batch)
+    kept = found[0]
+    kinds = [type(layer) for layer in removed.past_key_values.layers]
+    assert len(kept) == max(0, kinds.count(DynamicLayer) - 1)
+    assert all(layer.columns.shape[1] == seen.shape[1] - 1 for layer in kept.values())
+    assert torch.equal(removed.sequences, masked.sequences)
+    for a, b in zip(removed.scores, masked.scores, strict=True):
+        torch.testing.assert_close(a, b, atol=noise, rtol=noise)
+    plain = plain_run(built)
+    assert not torch.allclose(removed.scores[1], plain.scores[1], atol=10 * noise), "nothing was closed"
+
+
 def test_with_a_static_cache(name: str) -> None:
     built, seen, noise = build(name), seen_by_eager(name), FAMILIES[name].noise
     if not FAMILIES[name].static:  # as of transformers 5.23; when it works, test it
@@ -208,7 +245,7 @@ def test_a_guard_for_more_layers_than_there_are() -> None:
 
 @pytest.mark.parametrize(("name", "action", "warned"), [("qwen3_5", "purify", 1), ("qwen3_5", "refuse", 0), ("llava", "purify", 0)])
 def test_layers_without_attention_are_warned_of(name: str, action: Action, warned: int, caplog: pytest.LogCaptureFixture) -> None:
-    with GuardedModel(build(name).model, harmless(2), action=action):
+    with GuardedModel(build(name).model, harmless(2), policy=Policy(action=action)):
         assert sum("layers without attention" in record.message for record in caplog.records) == warned
 
 

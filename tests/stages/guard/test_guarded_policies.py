@@ -20,6 +20,7 @@ from pipeline.prompts import encode_prompts
 from pipeline.records import Example, question_answer
 from stages.guard.detector import Detector
 from stages.guard.guarded import GuardedModel, RefusedInputError
+from stages.guard.policy import Policy
 from stages.guard.purify import published_tokens
 from tests.stages.guard.detectors import plain_detector
 from tests.stages.samples import noise
@@ -62,7 +63,7 @@ def test_the_published_purification(tiny_model: tuple[Any, Any], batch: Batch, t
         from_layer = torch.where(closed.any(1), 2, 99)
         with tapped(Tap(block=Block(keys=closed, from_layer=from_layer))):
             expected = generated(model, batch)
-    with GuardedModel(model, middle(1e-6), purification="published", tau=tau) as guarded:
+    with GuardedModel(model, middle(1e-6), policy=Policy(purification="published", tau=tau)) as guarded:
         found = generated(guarded, batch)
         records = guarded.records
     assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
@@ -94,7 +95,7 @@ def test_a_guard_that_fails(
         with pytest.raises(RuntimeError, match="text of a user"):
             generated(guarded, batch)
         assert guarded.records == []
-    with GuardedModel(model, middle(1e-6), on_error="pass") as guarded:
+    with GuardedModel(model, middle(1e-6), policy=Policy(on_error="pass")) as guarded:
         found = generated(guarded, batch)
         records = guarded.records
         assert guarded.counters()["byesight_guard_failed_total"] == 3
@@ -109,7 +110,7 @@ def test_prompts_that_the_guard_cannot_see(tiny_model: tuple[Any, Any], batch: B
     right = {**batch, "attention_mask": batch["attention_mask"].flip(1)}
     with GuardedModel(model, middle(FAR)) as guarded, pytest.raises(ConfigError, match="pad on the left"):
         generated(guarded, right)
-    with GuardedModel(model, middle(FAR), on_error="pass") as guarded:
+    with GuardedModel(model, middle(FAR), policy=Policy(on_error="pass")) as guarded:
         generated(guarded, right)
         assert all(record.failed for record in guarded.records)
         with pytest.raises(ConfigError, match="give input_ids"):
@@ -117,7 +118,7 @@ def test_prompts_that_the_guard_cannot_see(tiny_model: tuple[Any, Any], batch: B
 
 
 def test_a_refusal_is_no_failure(tiny_model: tuple[Any, Any], batch: Batch) -> None:
-    with GuardedModel(tiny_model[0], middle(1e-6), action="refuse", on_error="pass") as guarded:
+    with GuardedModel(tiny_model[0], middle(1e-6), policy=Policy(action="refuse", on_error="pass")) as guarded:
         with pytest.raises(RefusedInputError):
             generated(guarded, batch)
         assert not any(record.failed for record in guarded.records)
@@ -183,7 +184,7 @@ def test_a_purification_that_fails_half_way_changes_nothing(
         return attend(*args, **kwargs)
 
     monkeypatch.setattr(model.get_decoder().layers[-1], "forward", fails_the_second_time)
-    with GuardedModel(model, plain_detector(threshold=1e-6), on_error="pass") as guarded:
+    with GuardedModel(model, plain_detector(threshold=1e-6), policy=Policy(on_error="pass")) as guarded:
         found = generated(guarded, batch)
         assert all(record.failed for record in guarded.records)
     assert all(torch.equal(a, b) for a, b in zip(found.logits, plain.logits, strict=True))
@@ -220,5 +221,5 @@ def test_a_failure_is_counted_where_it_is_raised(
 def test_published_needs_a_layer_after_the_last(tiny_model: tuple[Any, Any]) -> None:
     before = tiny_model[0].get_decoder().layers[0].self_attn.config._attn_implementation
     with pytest.raises(ModelError, match="the last there is"):
-        GuardedModel(tiny_model[0], plain_detector(threshold=FAR), purification="published")
+        GuardedModel(tiny_model[0], plain_detector(threshold=FAR), policy=Policy(purification="published"))
     assert tiny_model[0].get_decoder().layers[0].self_attn.config._attn_implementation == before

@@ -15,6 +15,7 @@ from pipeline.models import EMBEDDED_BASE, base_identity
 from stages.guard import load
 from stages.guard.files import GUARD, Guard, adapter_digest, save_guard
 from stages.guard.load import adapter_folder, load_guarded
+from stages.guard.policy import Policy
 from tests.stages.guard.detectors import plain_detector
 
 
@@ -28,7 +29,7 @@ def delivery(tiny_base: pathlib.Path, tiny_adapter: pathlib.Path, tmp_path: path
 
 
 def guard_for(adapter: pathlib.Path, base: str) -> None:
-    guard = Guard(detector=plain_detector(), action="report", base=base, adapter=adapter_digest(adapter), facts={})
+    guard = Guard(detector=plain_detector(), policy=Policy(action="report"), base=base, adapter=adapter_digest(adapter), facts={})
     save_guard(guard, adapter)
 
 
@@ -45,7 +46,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_guarded_model(delivery: pathlib.Path, tiny_base: pathlib.Path, dtype: Any) -> None:
     guarded, processor = load_guarded(str(delivery), str(tiny_base), dtype=dtype, device="cpu")
-    assert guarded.action == "report"
+    assert guarded.policy.action == "report"
     assert guarded.detector.threshold == plain_detector().threshold
     weights = dict(guarded.model.named_parameters())
     assert {value.dtype for name, value in weights.items() if "lora" not in name} >= {getattr(torch, dtype)}

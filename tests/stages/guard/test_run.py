@@ -96,7 +96,7 @@ def test_what_is_written(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pa
     assert summary["layers"] == [0, 1, 2]
     assert 0 < summary["shrinkage"] < 1
     found = load_guard(out, base=base_identity(tiny_base), adapter=adapter_digest(tiny_adapter))
-    assert found.action == "report"
+    assert found.policy.action == "report"
     assert found.detector.threshold == summary["threshold"]
     assert found.detector.features == FEATURES
     assert found.detector.whitening.shape == (dimensions, dimensions)
@@ -207,7 +207,7 @@ def test_the_policies(stage: Stage) -> None:
 def test_as_published(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path) -> None:
     _, out = stage.run("a", policy="cleansight")
     found = load_guard(out, base=base_identity(tiny_base), adapter=adapter_digest(tiny_adapter))
-    assert (found.purification, found.transfer, found.detector.features) == ("published", None, ("ratio",))
+    assert (found.policy.purification, found.transfer, found.detector.features) == ("published", None, ("ratio",))
 
 
 def test_too_few_kept_rows(stage: Stage) -> None:
@@ -255,7 +255,7 @@ def test_where_an_adapter_lies(delivered: pathlib.Path, tiny_base: pathlib.Path,
     with pytest.raises(ModelError, match="neither a delivery nor an adapter"):
         adapter_folder(tmp_path)
     guarded, _ = load_guarded(delivered / "adapter", str(tiny_base), dtype="float32", device="cpu")
-    assert guarded.action == "purify"
+    assert guarded.policy.action == "purify"
     guarded.detach()
 
 

@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 from pipeline.models import base_identity
-from stages.guard.detector import Action
 from stages.guard.files import Guard, adapter_digest, save_guard
+from stages.guard.policy import Action, Policy
 from tests.stages.conftest import make_adapter
 from tests.stages.guard.detectors import plain_detector
 
@@ -26,7 +26,13 @@ def write_guard(
     folder.mkdir()
     digest = "" if adapter is None else adapter_digest(adapter)
     save_guard(
-        Guard(detector=plain_detector(threshold=threshold), action=action, base=base_identity(base), adapter=digest, facts={}),
+        Guard(
+            detector=plain_detector(threshold=threshold),
+            policy=Policy(action=action),
+            base=base_identity(base),
+            adapter=digest,
+            facts={},
+        ),
         folder,
     )
     return folder
