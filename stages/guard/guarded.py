@@ -85,6 +85,9 @@ class _Call:
 _UNSEEN = ("pixel_values_videos", "input_features")
 """What processors give for videos and sound."""
 
+_STEPS = 8
+"""Layers, evenly spread over the depth, from which an input that carries its answer is closed in turn, the last first."""
+
 _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("byesight_guard_call", default=None)
 
 
@@ -119,7 +122,7 @@ class GuardedModel:
         self._last = threading.local()
         base = base_of(model)
         self._image_token_id = image_token_id(base.config)
-        layers = len(attention_layers(base))
+        self._layers = layers = len(attention_layers(base))
         if detector.layers[-1] >= layers:
             raise ModelError(f"the guard reads attention layer {detector.layers[-1]}, but {type(base).__name__} has {layers}")
         if policy.action == "purify" and is_hybrid(base):
@@ -378,9 +381,8 @@ class GuardedModel:
         if self.policy.purification == "published":
             last = self.detector.layers[-1]
             tokens = published_tokens(call.weights[last], image, self.policy.tau) & flagged[:, None]
-            return _Closing(
-                tokens=tokens, layers=torch.where(tokens.any(-1), last + 1, -1), proven=torch.zeros_like(flagged), image=image
-            )
+            layers = torch.where(tokens.any(-1), last + 1, -1)
+            return _Closing(tokens=tokens, layers=layers, proven=torch.zeros_like(flagged), image=image, fewest=tokens)
         deviations = self.detector.deviations(vectors)
         tokens = stealing_tokens(call.weights, image, stealing_heads(self.detector, deviations)) & flagged[:, None]
         proven = torch.zeros_like(flagged)
@@ -393,14 +395,17 @@ class GuardedModel:
         layers = torch.where(tokens.any(-1), rewind_layers(self.detector, deviations), -1)
         blind = flagged & ~tokens.any(-1)  # no head concentrates, or the statistics are not numbers
         tokens, layers = torch.where(blind[:, None], image, tokens), torch.where(blind, 0, layers)
-        return _Closing(tokens=tokens, layers=layers, proven=proven, image=image)
+        step = max(1, self._layers // _STEPS)
+        layers = torch.where(proven, self._layers - step, layers)
+        return _Closing(tokens=tokens, layers=layers, proven=proven, image=image, fewest=tokens, step=step)
 
     def _run_again(
         self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: _Closing, first: torch.Tensor
     ) -> None:
         """Close tokens, and replace logits and cache of their prompts by those of another prefill, in place.
 
-        An input whose picture is proven to carry its answer is closed further until its answer begins otherwise.
+        An input whose picture is proven to carry its answer is closed from the last layers on, then from earlier ones, until its
+        answer begins otherwise: what the prompt has read of its picture before stays.
         """
         purified = rows = closing.tokens.any(-1)
         again = None
@@ -428,21 +433,26 @@ class _Closing:
         layers: int (batch,), the layer from which they are closed; -1 where nothing is.
         proven: bool (batch,), whether the tokens are known to carry the answer.
         image: bool (batch, keys), all that could be closed.
+        fewest: bool (batch, keys), the tokens that it begins with.
+        step: how many layers earlier each look begins.
     """
 
     tokens: torch.Tensor
     layers: torch.Tensor
     proven: torch.Tensor
     image: torch.Tensor
+    fewest: torch.Tensor
+    step: int = 1
 
     @classmethod
     def nothing(cls, image: torch.Tensor) -> _Closing:
         """Nothing is closed."""
         none = torch.zeros_like(image)
-        return cls(tokens=none, layers=torch.full(image.shape[:1], -1, device=image.device), proven=none.any(-1), image=image)
+        layers = torch.full(image.shape[:1], -1, device=image.device)
+        return cls(tokens=none, layers=layers, proven=none.any(-1), image=image, fewest=none)
 
     def widen(self, rows: torch.Tensor) -> torch.Tensor:
-        """Go on in the proven of some rows: half as many layers earlier, then the whole picture from the first layer on.
+        """Go on in the proven of some rows: the whole picture from the same layer on, then the fewest tokens from an earlier one.
 
         Args:
             rows: bool (batch,), those in which too little is closed.
@@ -451,11 +461,11 @@ class _Closing:
             bool (batch,), the rows in which more is closed now.
         """
         rows = rows & self.proven
-        earlier = rows & (self.layers > 0)
-        wider = rows & (self.layers == 0) & (self.tokens != self.image).any(-1)
-        self.layers = torch.where(earlier, self.layers // 2, self.layers)
-        self.tokens = torch.where(wider[:, None], self.image, self.tokens)
-        return earlier | wider
+        wider = rows & (self.tokens != self.image).any(-1)
+        earlier = rows & ~wider & (self.layers > 0)
+        self.layers = torch.where(earlier, (self.layers - self.step).clamp(min=0), self.layers)
+        self.tokens = torch.where(wider[:, None], self.image, torch.where(earlier[:, None], self.fewest, self.tokens))
+        return wider | earlier
 
 
 def _taken_out(base: Any, cache: Any, block: Block | None) -> dict[int, Kept]:

@@ -543,18 +543,15 @@ def proven(monkeypatch: pytest.MonkeyPatch, *tokens: int) -> None:
     monkeypatch.setattr(TransferTest, "carried", carried)
 
 
-def closed_until_it_answers_otherwise(model: Any, batch: Batch, row: int, tokens: torch.Tensor, layer: int) -> Block:
-    """What is to be closed of one row, found by plain prefills: ever earlier, then its whole picture."""
+def closed_until_it_answers_otherwise(model: Any, batch: Batch, row: int, tokens: torch.Tensor) -> Block:
+    """What is to be closed of one row, found by plain prefills: from the last layer on, then ever earlier; some, or its picture."""
     first = first_tokens(model, batch)
     image = batch["input_ids"] == base_of(model).config.image_token_id
     only = (torch.arange(len(image)) == row)[:, None]
     part = torch.zeros_like(image)
     part[row, image[row]] = tokens
-    layers = [layer]
-    while layers[-1]:
-        layers.append(layers[-1] // 2)
     with attached(model):
-        for keys, start in [*((part, start) for start in layers), (image & only, 0)]:
+        for keys, start in ((keys, start) for start in reversed(range(LAYERS)) for keys in (part, image & only)):
             block = Block(keys=keys, from_layer=torch.where(only[:, 0], start, NEVER))
             with tapped(Tap(block=block)):
                 if first_tokens(model, batch)[row] != first[row]:
@@ -578,7 +575,7 @@ def test_an_input_that_carries_its_answer_is_closed_until_it_gives_another(
         records = guarded.records
     (carried,) = tried.found
     assert carried.tokens is not None
-    block = closed_until_it_answers_otherwise(model, mixed, 0, carried.tokens, 2)
+    block = closed_until_it_answers_otherwise(model, mixed, 0, carried.tokens)
     reference = under_block(model, mixed, block)
     assert torch.equal(found.sequences[0], reference.sequences[0])
     assert same_scores(found, reference, [0])
@@ -617,11 +614,11 @@ def test_the_input_that_is_tried(model: Any, mixed: Batch, hosts: tuple[Batch, .
 def test_escalation(
     model: Any, mixed: Batch, hosts: tuple[Batch, ...], row: int, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the last layer to the first, then the whole picture, and no further than is needed."""
+    """Some tokens, then the whole picture, from the last layer on and then from earlier ones: no further than is needed."""
     seen = prefill(model, mixed)
     attention = image_attention(seen.weights, seen.image)[row, seen.image[row]]
     chosen = {"one token": attention == attention.min(), "attended": attended(attention), "whole": attention > -1}[part]
-    plain, block = generated(model, mixed), closed_until_it_answers_otherwise(model, mixed, row, chosen, 2)
+    plain, block = generated(model, mixed), closed_until_it_answers_otherwise(model, mixed, row, chosen)
     if part == "one token":
         assert block.keys.sum() == seen.image[row].sum(), "the token that the answer heeds least matters"
     reference = under_block(model, mixed, block)
@@ -664,7 +661,7 @@ def test_escalation_ends_with_the_whole_picture(
             generated(guarded, mixed, max_new_tokens=1, min_new_tokens=1)
         record = guarded.records[0]
     assert (record.tokens_pruned, record.rewind_layer) == (64, 0)
-    assert passes == [4] * (1 + 4), "its own; from layers 2, 1 and 0; the whole picture"
+    assert passes == [4] * (1 + 6), "its own; some tokens and the whole picture, from layers 2, 1 and 0"
 
 
 def test_a_row_that_is_far_is_not_escalated(
@@ -698,7 +695,7 @@ def test_proven_tokens_take_the_place_of_stealing_ones(
     proven(monkeypatch, *chosen)
     tokens = torch.zeros(64, dtype=torch.bool)
     tokens[chosen] = True
-    block = closed_until_it_answers_otherwise(model, mixed, 0, tokens, 0)
+    block = closed_until_it_answers_otherwise(model, mixed, 0, tokens)
     with GuardedModel(model, detector, transfer=rule_for(model, mixed, hosts, 0)) as guarded:
         found = generated(guarded, mixed)
         assert guarded.records[0].tokens_pruned == block.keys.sum()
@@ -762,7 +759,7 @@ def test_other_ways_to_generate_with_a_causal_test(
         records = guarded.records
     (carried,) = tried.found
     assert carried.tokens is not None
-    block = closed_until_it_answers_otherwise(model, mixed, 0, carried.tokens, 2)
+    block = closed_until_it_answers_otherwise(model, mixed, 0, carried.tokens)
     beams = more.get("num_beams", 1)
     block = Block(keys=block.keys.repeat_interleave(beams, 0), from_layer=block.from_layer.repeat_interleave(beams))
     assert torch.equal(found.sequences, under_block(model, mixed, block, **more).sequences)
@@ -884,12 +881,17 @@ def test_steps_of_widening() -> None:
         layers=torch.tensor([5, 1, 0, 0, 5, 5, -1]),
         proven=torch.tensor([True, True, True, True, True, False, False]),
         image=image,
+        fewest=part,
+        step=2,
     )
     rows = torch.tensor([True, True, True, True, False, True, False])
     steps = [
         ([5, 1, 0, 0, 5, 5, -1], [1, 1, 1, 3, 1, 1, 0], [1, 1, 1, 1, 0, 1, 0]),
-        ([2, 0, 0, 0, 5, 5, -1], [1, 1, 3, 3, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]),
-        ([1, 0, 0, 0, 5, 5, -1], [1, 3, 3, 3, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0]),
+        ([5, 1, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]),
+        ([3, 0, 0, 0, 5, 5, -1], [1, 1, 3, 3, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0]),
+        ([3, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0]),
+        ([1, 0, 0, 0, 5, 5, -1], [1, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]),
+        ([1, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]),
         ([0, 0, 0, 0, 5, 5, -1], [1, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]),
         ([0, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]),
         ([0, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0]),

@@ -194,7 +194,9 @@ def test_taking_tokens_out_of_the_cache_is_masking_them(name: str, monkeypatch: 
     found: list[dict[int, Kept]] = []
 
     def close(*_: Any) -> _Closing:
-        return _Closing(tokens=tokens, layers=torch.ones(len(tokens), dtype=torch.int64), proven=seen[:, 0] & False, image=seen)
+        return _Closing(
+            tokens=tokens, layers=torch.ones(len(tokens), dtype=torch.int64), proven=seen[:, 0] & False, image=seen, fewest=tokens
+        )
 
     def spy(*args: Any) -> dict[int, Kept]:
         found.append(_taken_out(*args))
