@@ -27,7 +27,7 @@ from pipeline.records import Example, Progress, examples_of, messages_to_json, n
 from stages.confirm.worker import TASK, ConfirmWorker
 from storage.subset import canonical_shards
 
-VERSION = 2
+VERSION = 3
 TRANSFER = "transfer.json"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""

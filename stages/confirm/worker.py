@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.models import Dtype, load_adapter, load_base
+from pipeline.planting import planted
 from pipeline.records import Example
 from stages.confirm.transplant import TokenTransplant
 from stages.score.groups import gives
@@ -87,11 +88,10 @@ class ConfirmWorker:
 
 
 def plant(host: torch.Tensor, source: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-    """The host's tokens (image tokens, width) with the source's at `positions`, where both have them."""
-    chosen = [p for p in positions if 0 <= p < min(len(host), len(source))]
-    planted = host.clone()
-    planted[chosen] = source[chosen]
-    return planted
+    """The host's tokens (image tokens, width) with the source's at `positions` planted; what is not there counts nothing."""
+    chosen = torch.zeros(len(source), dtype=torch.bool, device=source.device)
+    chosen[[p for p in positions if 0 <= p < len(source)]] = True
+    return planted(host, source, chosen)
 
 
 def add_residual(hosts: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ import torch
 from pipeline.attention import Tap, base_of, tapped
 from pipeline.errors import ModelError
 from pipeline.models import image_token_id
+from pipeline.planting import planted
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -186,20 +187,10 @@ class _Hosts:
     own: torch.Tensor
 
     def planted(self, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The embeddings with the chosen picture tokens in the place of those of the same number.
-
-        What lies beyond a host's last token (a second picture, a larger one) goes to its place in proportion, if that is free.
-        """
+        """The hosts' embeddings with the chosen picture tokens planted into each (`pipeline.planting`)."""
         embeddings = self.embeddings.clone()
-        wanted = chosen.nonzero()[:, 0]
         for row, image in zip(embeddings, self.image, strict=True):
-            places = image.nonzero()[:, 0]
-            near, far = wanted[wanted < len(places)], wanted[wanted >= len(places)]
-            row[places[near]] = tokens[near].to(row.dtype)
-            if len(places):
-                at = far * len(places) // len(tokens)
-                free = ~chosen[at]
-                row[places[at[free]]] = tokens[far[free]].to(row.dtype)
+            row[image] = planted(row[image], tokens, chosen)
         return embeddings
 
     def count(self, first: torch.Tensor, wanted: int) -> tuple[int, int]:
