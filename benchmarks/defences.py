@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from pipeline.attention import Block, Tap, attached, base_of, prompt_regions, tapped
+from pipeline.decoder import attention_layers
 from pipeline.models import image_token_id
 from stages.guard.files import Guard
 from stages.guard.guarded import GuardedModel
@@ -63,7 +64,7 @@ class Closed:
 
     Args:
         model: what answers.
-        layer: the first layer in which they are closed.
+        layer: the first layer in which they are closed; below 0, counted from the end.
         choose: (weights of the layer before, (batch, heads, keys), or None; image, bool (batch, keys)) -> bool (batch, keys).
         reads: whether `choose` reads attention; it costs a prefill.
     """
@@ -71,7 +72,8 @@ class Closed:
     def __init__(
         self, model: Any, layer: int, choose: Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor], *, reads: bool
     ) -> None:
-        self.model, self.layer, self._choose, self._reads = model, layer, choose, reads
+        self.model, self._choose, self._reads = model, choose, reads
+        self.layer = layer if layer >= 0 else len(attention_layers(base_of(model))) + layer
         self._image_token = image_token_id(base_of(model).config)
 
     def __getattr__(self, name: str) -> Any:
@@ -113,6 +115,11 @@ def least_attended(share: float) -> Callable[[torch.Tensor | None, torch.Tensor]
         return image & (rank < (share * image.sum(-1, keepdim=True)))
 
     return choose
+
+
+def whole_picture(_weights: torch.Tensor | None, image: torch.Tensor) -> torch.Tensor:
+    """All image tokens."""
+    return image
 
 
 def random_tokens(share: float) -> Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]:
@@ -220,6 +227,9 @@ DEFENCES: dict[str, Defence] = {
     "spatial transformation": Defence(picture=spatial),
     "fastv, half of the tokens": Defence(wrap=closing(2, least_attended(0.5), reads=True)),
     "uniform attention": Defence(wrap=uniform_attention),
+    "picture closed in the last layer": Defence(wrap=closing(-1, whole_picture, reads=False)),
+    "picture closed in the last two layers": Defence(wrap=closing(-2, whole_picture, reads=False)),
+    "picture closed in the last four layers": Defence(wrap=closing(-4, whole_picture, reads=False)),
     "detection only": Defence(guard={"action": "report"}, ablation=True),
     "pruning without detection": Defence(guard={"suspicion_rate": 0.0}, change=every_input, ablation=True),
     "cleansight pruning without detection": Defence(guard={**_PUBLISHED}, change=every_input, ablation=True),
