@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ Threshold = Literal["cross-validated", "in-sample"]
 LEAST_ROWS = 50
 """Fewer reference rows give no usable 1% threshold."""
 _LEFT_OUT = 0.05
-"""Share of the kept rows that the causal test's threshold does not depend on."""
+"""Share of the kept rows that the causal tests' limits do not depend on."""
 _LEAST_KNOWN = 20
 """Fewer kept rows that the test can tell of give it no threshold."""
 
@@ -150,6 +151,28 @@ def transfer_threshold(shares: np.ndarray) -> float:
     known = shares[np.isfinite(shares)]
     left = int(np.ceil(_LEFT_OUT * len(known)))
     return max(MAJORITY, float(np.sort(known)[-1 - left])) if len(known) >= _LEAST_KNOWN else 1.0
+
+
+def late_layer(changed: np.ndarray, layers: Sequence[int]) -> int | None:
+    """The first layer from which on kept rows need their pictures no longer.
+
+    The kept rows may hold some of the attack still, so a few of them may.
+
+    Args:
+        changed: bool (rows, layers), whether a kept row's answer begins otherwise with its picture closed from each layer on.
+        layers: the layers, ascending.
+
+    Returns:
+        A layer after the first; None where too few rows could be tried, or pictures are needed up to the end.
+    """
+    if len(changed) < _LEAST_KNOWN:
+        return None
+    found = None
+    for layer, share in sorted(zip(layers, changed.mean(axis=0), strict=True), reverse=True):
+        if share > _LEFT_OUT or layer == 0:
+            break
+        found = layer
+    return found
 
 
 def layer_thresholds(vectors: np.ndarray, fit: Calibration, layers: int, false_positive_rate: float) -> np.ndarray:

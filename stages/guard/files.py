@@ -83,7 +83,7 @@ def save_guard(guard: Guard, folder: pathlib.Path) -> None:
     }
     tensors = {name: getattr(detector, name).float() for name in TENSORS}
     if (rule := guard.transfer) is not None:
-        content["transfer"] = {name: getattr(rule, name) for name in _LIMITS}
+        content["transfer"] = {**{name: getattr(rule, name) for name in _LIMITS}, "late": rule.late}
         tensors["familiar"] = rule.familiar
         tensors |= {f"{_HOST}.{k}.{name}": value for k, batch in enumerate(rule.hosts) for name, value in batch.items()}
     (folder / GUARD).write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
@@ -156,6 +156,9 @@ def _transfer(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Tran
     limits = {name: float(content[name]) for name in _LIMITS}
     if not math.isfinite(limits["distance"]) or not all(MAJORITY <= limits[name] <= 1 for name in ("attended", "whole")):
         raise ValueError(f"{limits} are not a distance and two shares of at least {MAJORITY}")
+    late = content["late"]
+    if late is not None and (not isinstance(late, int) or late < 1):
+        raise ValueError(f"late {late!r} is not a layer after the first")
     familiar = tensors["familiar"]
     if familiar.dim() != 1 or familiar.dtype != torch.int64:
         raise ValueError(f"familiar of shape {tuple(familiar.shape)} and type {familiar.dtype} is not a list of tokens")
@@ -172,4 +175,4 @@ def _transfer(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Tran
             raise ValueError("the causal test's prompts are not batches of tokens, padded on the left")
         if not all(bool(torch.isfinite(value).all()) for value in batch.values()):
             raise ValueError("the causal test's prompts hold values that are not finite")
-    return TransferRule(hosts=tuple(hosts[k] for k in range(len(hosts))), familiar=familiar, **limits)
+    return TransferRule(hosts=tuple(hosts[k] for k in range(len(hosts))), familiar=familiar, late=late, **limits)

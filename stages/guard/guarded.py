@@ -43,7 +43,7 @@ from stages.guard.files import Guard
 from stages.guard.policy import DEFAULT, Policy
 from stages.guard.purify import published_tokens, rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import Counters, GuardRecord
-from stages.guard.transfer import Carried, TransferRule, TransferTest, image_attention
+from stages.guard.transfer import STEPS, Carried, TransferRule, TransferTest, image_attention
 
 _log = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ class _Call:
 _UNSEEN = ("pixel_values_videos", "input_features")
 """What processors give for videos and sound."""
 
-_STEPS = 8
-"""Layers, evenly spread over the depth, from which an input that carries its answer is closed in turn, the last first."""
+_NEVER = torch.iinfo(torch.int64).max
+"""A layer that there is not."""
 
 _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("byesight_guard_call", default=None)
 
@@ -323,7 +323,7 @@ class GuardedModel:
         ran = image.any(-1)
         distances = torch.full(ran.shape, torch.nan, device=image.device)
         transfers = distances.clone()
-        flagged = torch.zeros_like(ran)
+        flagged, suspicious, late = (torch.zeros_like(ran) for _ in range(3))
         closing = _Closing.nothing(image)
         if bool(ran.any()):
             if unseen := [layer for layer in self.detector.layers if layer not in call.statistics]:
@@ -332,12 +332,15 @@ class GuardedModel:
             distances = self.detector.distances(vectors)
             flagged = ran & ~(distances <= self.detector.threshold)
             first = output.logits[:, -1].argmax(-1)
-            carried = self._carried(call, ran, distances, first)
+            suspicious = torch.zeros_like(ran) if self.rule is None else ran & self.rule.suspicious(distances, first)
+            late = self._reads_late(call, module, kwargs, suspicious, first)
+            carried = self._carried(call, suspicious & ~late, first)
+            flagged |= late
             for k, found in carried.items():
                 transfers[k : k + call.beams] = found.share
                 flagged[k : k + call.beams] |= found.tokens is not None
             if self.policy.action == "purify" and bool(flagged.any()):
-                closing = self._closing(call, vectors, flagged, carried)
+                closing = self._closing(call, vectors, flagged, late, carried)
                 self._run_again(call, module, kwargs, output, closing, first)
         milliseconds = 1000 * (call.seconds + time.perf_counter() - started)
         call.records = [
@@ -346,6 +349,8 @@ class GuardedModel:
                 flagged=bool(flagged[k]),
                 distance=float(distances[k]),
                 threshold=self.detector.threshold,
+                tried=bool(suspicious[k]),
+                late=bool(late[k]),
                 transfer=float(transfers[k]),
                 tokens_pruned=int(closing.tokens[k].sum()),
                 rewind_layer=int(closing.layers[k]),
@@ -357,24 +362,37 @@ class GuardedModel:
             count = sum(record.flagged for record in call.records)
             raise RefusedInputError(f"{count} of {call.inputs} inputs were flagged by the guard and refused")
 
-    def _carried(self, call: _Call, ran: torch.Tensor, distances: torch.Tensor, first: torch.Tensor) -> dict[int, Carried]:
-        """What the causal test says of the suspicious inputs, by the first row of each (its beams are alike)."""
-        if self._test is None or self.rule is None or call.regions is None:
+    def _reads_late(
+        self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], suspicious: torch.Tensor, first: torch.Tensor
+    ) -> torch.Tensor:
+        """Which suspicious inputs begin otherwise with their pictures closed in late layers, bool (batch,); one more prefill."""
+        if self.rule is None or self.rule.late is None or call.regions is None or not bool(suspicious.any()):
+            return torch.zeros_like(suspicious)
+        call.tap.block = Block(keys=call.regions.image, from_layer=torch.where(suspicious, self.rule.late, _NEVER))
+        try:
+            again = module.forward(**{**kwargs, "past_key_values": copy.deepcopy(call.empty_cache)})
+        finally:
+            call.tap.block = None
+        changed: torch.Tensor = suspicious & (again.logits[:, -1].argmax(-1) != first)
+        return changed
+
+    def _carried(self, call: _Call, suspicious: torch.Tensor, first: torch.Tensor) -> dict[int, Carried]:
+        """What planting says of suspicious inputs, by the first row of each (its beams are alike)."""
+        if self._test is None or self.rule is None or call.regions is None or not bool(suspicious.any()):
             return {}
         if call.embeddings is None:
             raise ModelError("the decoder was given no embeddings; the guard can't try suspicious inputs")
-        suspicious = (ran & self.rule.suspicious(distances, first)).nonzero()[:, 0].tolist()
-        if not suspicious:
-            return {}
         attention = image_attention(call.weights, call.regions.image)
         found = {}
-        for k in suspicious:
+        for k in suspicious.nonzero()[:, 0].tolist():
             if k % call.beams == 0:
                 image = call.regions.image[k]
                 found[k] = self._test.carried(int(first[k]), call.embeddings[k, image], attention[k, image], self.rule)
         return found
 
-    def _closing(self, call: _Call, vectors: torch.Tensor, flagged: torch.Tensor, carried: Mapping[int, Carried]) -> _Closing:
+    def _closing(
+        self, call: _Call, vectors: torch.Tensor, flagged: torch.Tensor, late: torch.Tensor, carried: Mapping[int, Carried]
+    ) -> _Closing:
         """What is closed in flagged rows, and from where on."""
         assert call.regions is not None
         image = call.regions.image
@@ -395,8 +413,10 @@ class GuardedModel:
         layers = torch.where(tokens.any(-1), rewind_layers(self.detector, deviations), -1)
         blind = flagged & ~tokens.any(-1)  # no head concentrates, or the statistics are not numbers
         tokens, layers = torch.where(blind[:, None], image, tokens), torch.where(blind, 0, layers)
-        step = max(1, self._layers // _STEPS)
+        step = max(1, self._layers // STEPS)
         layers = torch.where(proven, self._layers - step, layers)
+        if self.rule is not None and self.rule.late is not None:
+            tokens, layers = torch.where(late[:, None], image, tokens), torch.where(late, self.rule.late, layers)
         return _Closing(tokens=tokens, layers=layers, proven=proven, image=image, fewest=tokens, step=step)
 
     def _run_again(
@@ -410,8 +430,7 @@ class GuardedModel:
         purified = rows = closing.tokens.any(-1)
         again = None
         while bool(rows.any()):
-            never = torch.iinfo(torch.int64).max
-            call.tap.block = Block(keys=closing.tokens, from_layer=torch.where(closing.layers >= 0, closing.layers, never))
+            call.tap.block = Block(keys=closing.tokens, from_layer=torch.where(closing.layers >= 0, closing.layers, _NEVER))
             again = module.forward(**{**kwargs, "past_key_values": copy.deepcopy(call.empty_cache)})
             rows = closing.widen(rows & (again.logits[:, -1].argmax(-1) == first))
         if again is None:

@@ -25,9 +25,12 @@ class GuardRecord:
 
     Attributes:
         ran: whether the detector looked at it (an input without pictures is not looked at).
-        flagged: whether its distance is above the threshold, or not a number, or its picture carries its answer into other prompts.
+        flagged: whether its distance is above the threshold, or not a number, or its answer reads its picture late, or is carried
+            by it into other prompts.
         distance, threshold: in whitened standard deviations; distance is NaN where it did not run.
-        transfer: share of kept prompts that took over its answer; NaN where it was not suspicious, or the test can't tell.
+        tried: whether it was suspicious, and so tried causally.
+        late: whether its answer began otherwise with its picture closed in the layers in which kept rows need theirs no longer.
+        transfer: share of kept prompts that took over its answer; NaN where that was not tried, or can't be told.
         tokens_pruned: image tokens closed.
         rewind_layer: the layer from which they are closed; -1 where nothing is.
         milliseconds: time of the guard's own work for the whole batch: reduction, detection, causal test and further prefills.
@@ -38,6 +41,8 @@ class GuardRecord:
     flagged: bool
     distance: float
     threshold: float
+    tried: bool
+    late: bool
     transfer: float
     tokens_pruned: int
     rewind_layer: int
@@ -53,6 +58,8 @@ class GuardRecord:
             flagged=False,
             distance=nothing,
             threshold=threshold,
+            tried=False,
+            late=False,
             transfer=nothing,
             tokens_pruned=0,
             rewind_layer=-1,
@@ -77,7 +84,7 @@ class Counters:
         with self._lock:
             self._totals["byesight_guard_inputs_total"] += len(records)
             self._totals["byesight_guard_looked_at_total"] += sum(record.ran for record in records)
-            self._totals["byesight_guard_tried_total"] += sum(record.transfer == record.transfer for record in records)
+            self._totals["byesight_guard_tried_total"] += sum(record.tried for record in records)
             self._totals["byesight_guard_flagged_total"] += flagged
             self._totals["byesight_guard_refused_total"] += flagged if refuses else 0
             self._totals["byesight_guard_failed_total"] += sum(record.failed for record in records)
@@ -85,6 +92,6 @@ class Counters:
             self._totals["byesight_guard_seconds_total"] += records[0].milliseconds / 1000 if records else 0.0
 
     def totals(self) -> dict[str, float]:
-        """All totals by name; inputs tried are those whose causal test could tell."""
+        """All totals by name."""
         with self._lock:
             return dict(self._totals)

@@ -19,16 +19,24 @@ from pipeline.errors import StageError
 from pipeline.models import Dtype, base_identity, load_processor
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, Progress, examples_of, no_progress, sample_from_record
-from stages.guard.calibrate import Calibration, calibrate, conformal_quantile, familiar_tokens, layer_thresholds, transfer_threshold
+from stages.guard.calibrate import (
+    Calibration,
+    calibrate,
+    conformal_quantile,
+    familiar_tokens,
+    late_layer,
+    layer_thresholds,
+    transfer_threshold,
+)
 from stages.guard.detector import FEATURES, Detector
 from stages.guard.files import Guard, adapter_digest, save_guard
 from stages.guard.policy import Policy
-from stages.guard.transfer import SCREEN, TransferRule
+from stages.guard.transfer import SCREEN, TransferRule, closing_layers
 from stages.guard.worker import ReferenceWorker
 from stages.score.groups import plain_answer
 from storage.subset import copy_rows, pictured_rows
 
-VERSION = 4
+VERSION = 5
 CALIBRATION = "calibration.parquet"
 _BATCH = 32
 _TRIED = 100
@@ -116,7 +124,7 @@ def run(
         layer_thresholds=torch.from_numpy(layer_thresholds(vectors, fit, len(layers), config.false_positive_rate)).float(),
     )
     transfer = _rule(reference, fit, hosts, config) if hosts else None
-    facts = {
+    facts: dict[str, Any] = {
         "reference_rows": len(vectors),
         "false_positive_rate": config.false_positive_rate,
         "whitening": config.whitening,
@@ -124,7 +132,7 @@ def run(
     }
     if transfer is not None:
         facts |= {"suspicion_rate": config.suspicion_rate, "suspicious_distance": transfer.distance}
-        facts |= {"attended_transfer": transfer.attended, "whole_transfer": transfer.whole}
+        facts |= {"attended_transfer": transfer.attended, "whole_transfer": transfer.whole, "late_layer": transfer.late}
     guard = Guard(
         detector=detector,
         transfer=transfer,
@@ -146,7 +154,14 @@ def _rule(reference: pa.Table, fit: Calibration, hosts: list[pathlib.Path], conf
         familiar=torch.from_numpy(familiar_tokens(reference["first_token"].to_numpy(), config.suspicion_rate)),
         attended=transfer_threshold(reference["attended"].to_numpy()),
         whole=transfer_threshold(reference["whole"].to_numpy()),
+        late=_late(reference),
     )
+
+
+def _late(reference: pa.Table) -> int | None:
+    """The layer from which the tried kept rows need their pictures no longer."""
+    changed = [row for row in reference["changed"].to_pylist() if row is not None]
+    return late_layer(np.asarray(changed, dtype=bool), closing_layers(reference["count"][0].as_py())) if changed else None
 
 
 def _write_hosts(

@@ -1,10 +1,14 @@
-"""The guard's causal test: do the picture tokens of a prompt carry its answer into other prompts?
+"""The guard's causal tests of suspicious inputs; ours, after the causal reading that CleanSight gives attention stealing (arXiv
+2603.12989, section 3).
 
-What the filter asks of groups of rows (`stages.confirm`), asked of one input at serving time. Honest prompts get their answer from
-picture and question together; a trigger gives its answer whatever is asked. So the input's picture tokens, those that the answer
-attends to or all of them, are planted into a few kept prompts with questions and pictures of their own: where most of these begin
-to answer as the input does, the input is an attack. Only suspicious inputs pay for it. Ours, after the causal reading that
-CleanSight gives attention stealing (arXiv 2603.12989, section 3).
+Does the answer read the picture late? An honest prompt has read its picture in the early layers; calibration finds the layer from
+which kept rows need it no longer. Where an input's answer begins otherwise once its picture is closed from there on, what it reads
+is not what it was asked about.
+
+Do the picture tokens carry the answer into other prompts? What the filter asks of groups of rows (`stages.confirm`), asked of one
+input. Honest prompts get their answer from picture and question together; a trigger gives its answer whatever is asked. So the
+input's picture tokens, those that the answer attends to or all of them, are planted into a few kept prompts with questions and
+pictures of their own: where most of these begin to answer as the input does, the input is an attack.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ MAJORITY = 0.5
 """Least threshold: more than half of the hosts must take over the answer."""
 ATTENDED = 0.125
 """Share of the image tokens that is planted as what the answer attends to."""
+STEPS = 8
+"""Layers, evenly spread over the depth, from which pictures are closed in turn."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,7 @@ class TransferRule:
             suspicious. Empty: answers are too various for that.
         attended: share of the hosts above which the test is passed with the attended tokens; 1 where honest inputs reach that.
         whole: the same with all picture tokens.
+        late: layer from which kept rows need their pictures no longer; None where there is none.
     """
 
     hosts: tuple[Batch, ...]
@@ -51,6 +58,7 @@ class TransferRule:
     familiar: torch.Tensor
     attended: float
     whole: float
+    late: int | None = None
 
     def suspicious(self, distances: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Which inputs are tried, bool (batch,), by their distances and the first tokens of their answers; NaN is suspicious."""
@@ -208,6 +216,11 @@ def variants(attention: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the test plants of a picture, in the order in which it is tried; each bool (image tokens,)."""
     some = attended(attention)
     return {"attended": some, "whole": torch.ones_like(some)}
+
+
+def closing_layers(count: int) -> tuple[int, ...]:
+    """The first layer of each of at most `STEPS` parts of a decoder with so many attention layers, ascending."""
+    return tuple(sorted({k * count // STEPS for k in range(STEPS)}))
 
 
 def image_attention(weights: Mapping[int, torch.Tensor], image: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,13 @@ import pyarrow as pa
 import torch
 from safetensors.torch import load_file
 
-from pipeline.attention import LayerStatistics, Tap, attach, base_of, prompt_regions, reduce_layer, tapped
+from pipeline.attention import Block, LayerStatistics, Tap, attach, base_of, prompt_regions, reduce_layer, tapped
 from pipeline.decoder import attention_layers
 from pipeline.generation import encode_on
 from pipeline.models import Dtype, image_token_id, load_adapter, load_base
 from pipeline.records import Example, examples_of, sample_from_record
 from stages.guard.detector import chosen_layers, feature_vectors
-from stages.guard.transfer import TransferTest, image_attention, variants
+from stages.guard.transfer import TransferTest, closing_layers, image_attention, variants
 
 REFERENCE = pa.schema(
     [
@@ -27,10 +27,14 @@ REFERENCE = pa.schema(
         ("first_token", pa.int64()),
         ("attended", pa.float64()),
         ("whole", pa.float64()),
+        ("changed", pa.list_(pa.bool_())),
+        ("count", pa.int32()),
     ]
 )
-"""One pictured example: the layers read, the detection vector, the first token of the answer, and the shares of hosts that take it
-over with its attended tokens and with its whole picture planted; NaN where these were not tried, or can't tell."""
+"""One pictured example: the layers read, the detection vector, the first token of the answer, the shares of hosts that take it over
+with its attended tokens and with its whole picture planted (NaN where these were not tried, or can't tell), whether it begins
+otherwise with the picture closed from each of `closing_layers` on (null where that was not tried), and the number of attention
+layers."""
 
 
 class ReferenceWorker:
@@ -51,7 +55,8 @@ class ReferenceWorker:
         model, self.processor = load_base(pathlib.Path(base), dtype=dtype)
         self.model = load_adapter(model, pathlib.Path(adapter))
         attach(self.model)
-        self.layers = chosen_layers(layers, len(attention_layers(base_of(self.model))))
+        self.count = len(attention_layers(base_of(self.model)))
+        self.layers = chosen_layers(layers, self.count)
         self.features = tuple(features)
         self.batch_size = batch_size
         self.test = TransferTest(self.model, [load_file(path) for path in hosts]) if hosts else None
@@ -86,15 +91,29 @@ class ReferenceWorker:
                 first = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
         finally:
             handle.remove()
+        tried = [k for k, example in enumerate(examples) if self.test is not None and example.row in self.tried]
+        changed = dict(zip(tried, self._changed([examples[k] for k in tried]), strict=True)) if tried else {}
         vectors = feature_vectors(statistics, regions.image.sum(-1), self.layers, self.features).cpu().numpy()
         attention = image_attention(weights, regions.image)
         records = []
         for k, example in enumerate(examples):
             image = regions.image[k]
-            record = {"row": example.row, "turn": example.turn, "layers": self.layers, "vector": vectors[k]}
+            record = {"row": example.row, "turn": example.turn, "layers": self.layers, "vector": vectors[k], "count": self.count}
             shares = dict.fromkeys(("attended", "whole"), float("nan"))
-            if self.test is not None and example.row in self.tried:
+            if self.test is not None and k in changed:
                 for name, chosen in variants(attention[k, image]).items():
                     shares[name] = self.test.share(int(first[k]), embeddings[0][k, image], chosen, screen=False)
-            records.append({**record, "first_token": int(first[k]), **shares})
+            records.append({**record, "first_token": int(first[k]), **shares, "changed": changed.get(k)})
         return records
+
+    def _changed(self, examples: Sequence[Example]) -> list[list[bool]]:
+        """Whether each answer begins otherwise with its picture closed from each of the closing layers on."""
+        inputs = encode_on(self.model, self.processor, examples)
+        image = prompt_regions(inputs["input_ids"], inputs["attention_mask"], self._image_token).image
+        first = []
+        for layer in (self.count, *closing_layers(self.count)):
+            block = Block(keys=image, from_layer=torch.full((len(image),), layer, device=image.device))
+            with tapped(Tap(block=block)):
+                first.append(self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1))
+        changed: list[list[bool]] = (torch.stack(first[1:], dim=1) != first[0][:, None]).tolist()
+        return changed

@@ -13,6 +13,8 @@ def record(*, flagged: bool = False, transfer: float = float("nan"), tokens: int
         flagged=flagged,
         distance=2.0,
         threshold=1.0,
+        tried=transfer == transfer,
+        late=False,
         transfer=transfer,
         tokens_pruned=tokens,
         rewind_layer=-1,
