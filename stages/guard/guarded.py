@@ -34,6 +34,7 @@ from pipeline.attention import (
     prompt_regions,
     reduce_layer,
     tapped,
+    uncompiled,
 )
 from pipeline.decoder import attention_layers, is_hybrid
 from pipeline.errors import ByeSightError, ConfigError, ModelError
@@ -269,6 +270,7 @@ class GuardedModel:
         call.statistics[layer] = reduce_layer(call.weights[layer], call.regions, top=1)
         call.seconds += time.perf_counter() - started
 
+    @uncompiled
     def _before_forward(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the prefill of a guarded call: find the image and the text in the prompt."""
         call = _CALL.get()
@@ -292,12 +294,14 @@ class GuardedModel:
         call.regions = prompt_regions(input_ids, seen, self._image_token_id)
         call.empty_cache = copy.deepcopy(kwargs.get("past_key_values"))
 
+    @uncompiled
     def _before_decoder(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the prefill of a guarded call: keep the picture as the decoder takes it."""
         call = _CALL.get()
         if call is not None and call.owner is self and not call.done and self._test is not None:
             call.embeddings = kwargs.get("inputs_embeds")
 
+    @uncompiled
     def _after_forward(self, module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """At the prefill of a guarded call: detect, and run flagged rows again with their tokens closed."""
         call = _CALL.get()
