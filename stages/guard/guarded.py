@@ -40,7 +40,7 @@ from pipeline.decoder import attention_layers, is_hybrid
 from pipeline.errors import ByeSightError, ConfigError, ModelError
 from pipeline.models import image_token_id
 from stages.guard.detector import Detector, feature_vectors
-from stages.guard.files import Guard
+from stages.guard.files import Guard, dtype_name
 from stages.guard.policy import DEFAULT, Policy
 from stages.guard.purify import published_tokens, rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import Counters, GuardRecord
@@ -145,7 +145,12 @@ class GuardedModel:
 
     @classmethod
     def of(cls, model: Any, guard: Guard) -> GuardedModel:
-        """Put a stored guard on the model that it was calibrated on."""
+        """Put a stored guard on the model that it was calibrated on; warns where its weights are of another type."""
+        calibrated, actual = guard.facts.get("dtype"), dtype_name(model)
+        if calibrated not in (None, actual):
+            _log.warning(
+                "the guard was calibrated in %s and the model is in %s: its false positive rate may be another", calibrated, actual
+            )
         return cls(model, guard.detector, transfer=guard.transfer, policy=guard.policy)
 
     def __getattr__(self, name: str) -> Any:

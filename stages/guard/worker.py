@@ -16,12 +16,14 @@ from pipeline.generation import encode_on
 from pipeline.models import Dtype, image_token_id, load_adapter, load_base
 from pipeline.records import Example, examples_of, sample_from_record
 from stages.guard.detector import chosen_layers, feature_vectors
+from stages.guard.files import dtype_name
 from stages.guard.transfer import TransferTest, image_attention, variants
 
 REFERENCE = pa.schema(
     [
         ("row", pa.int64()),
         ("turn", pa.int32()),
+        ("dtype", pa.string()),
         ("layers", pa.list_(pa.int32())),
         ("vector", pa.list_(pa.float32())),
         ("first_token", pa.int64()),
@@ -29,8 +31,9 @@ REFERENCE = pa.schema(
         ("whole", pa.float64()),
     ]
 )
-"""One pictured example: the layers read, the detection vector, the first token of the answer, and the shares of hosts that take it
-over with its attended tokens and with its whole picture planted; NaN where these were not tried, or can't tell."""
+"""One pictured example: the type of the weights, as torch names it, the layers read, the detection vector, the first token of the
+answer, and the shares of hosts that take it over with its attended tokens and with its whole picture planted; NaN where these were
+not tried, or can't tell."""
 
 
 class ReferenceWorker:
@@ -57,6 +60,7 @@ class ReferenceWorker:
         self.test = TransferTest(self.model, [load_file(path) for path in hosts]) if hosts else None
         self.tried = frozenset(tried)
         self._image_token = image_token_id(base_of(self.model).config)
+        self._dtype = dtype_name(self.model)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         samples = [sample_from_record(record) for record in table.to_pylist()]
@@ -91,7 +95,8 @@ class ReferenceWorker:
         records = []
         for k, example in enumerate(examples):
             image = regions.image[k]
-            record = {"row": example.row, "turn": example.turn, "layers": self.layers, "vector": vectors[k]}
+            record = {"row": example.row, "turn": example.turn, "dtype": self._dtype}
+            record |= {"layers": self.layers, "vector": vectors[k]}
             shares = dict.fromkeys(("attended", "whole"), float("nan"))
             if self.test is not None and example.row in self.tried:
                 for name, chosen in variants(attention[k, image]).items():
