@@ -45,6 +45,7 @@ from stages.guard.policy import DEFAULT, Policy
 from stages.guard.purify import published_tokens, rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import Counters, GuardRecord
 from stages.guard.transfer import Carried, TransferRule, TransferTest, image_attention
+from stages.guard.ways import refuse_ways
 
 _log = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ class GuardedModel:
             detach(self.model, self._before)
         self._handles = []
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as the model's own: tensors of an inference mode could not be changed by who is given them
     def generate(self, **inputs: Any) -> Any:
         """The model's `generate`, guarded.
 
@@ -210,35 +211,37 @@ class GuardedModel:
 
         Raises:
             RefusedInputError: the action is `refuse` and an input was flagged.
-            ConfigError: prompts that the guard can't see: embeddings instead of ids, continued caches, padding on the right; where
-                `on_error` is `pass`, all but the first are answered unguarded.
+            ConfigError: prompts that the guard can't see (embeddings instead of ids, continued caches) and ways to generate that it
+                can't follow (`stages.guard.ways`), named before anything runs; padding on the right, unless `on_error` is `pass`:
+                then the answer is unguarded.
         """
         self._last.records = []
         prompt = inputs.get("input_ids", inputs.get("inputs"))
-        if prompt is None or not self._handles:
-            raise ConfigError(
-                "the guard is detached" if prompt is not None else "the guard finds pictures by their tokens: give input_ids"
-            )
+        if prompt is None or inputs.get("inputs_embeds") is not None:
+            raise ConfigError("the guard finds pictures by their tokens: give input_ids, and no inputs_embeds")
+        if not self._handles:
+            raise ConfigError("the guard is detached")
         if strange := sorted(name for name in _UNSEEN if inputs.get(name) is not None):
             raise ConfigError(f"the guard looks at pictures alone, not at {', '.join(strange)}")
+        refuse_ways(base_of(self.model), inputs)
         call = _Call(owner=self, inputs=prompt.shape[0], prompt=prompt.shape[1], mask=inputs.get("attention_mask"))
         call.tap.observer = lambda layer, weights: self._observe(call, layer, weights)
+        unseen: list[GuardRecord] = []
         token = _CALL.set(call)
         try:
             with tapped(call.tap):
                 output = self.model.generate(**inputs)
             self._check_seen(call)
-        except RefusedInputError:
-            raise
         except Exception:
-            self._counters.add([GuardRecord.of_failure(self.detector.threshold)] * call.inputs, refuses=False)
+            unseen = [GuardRecord.of_failure(self.detector.threshold)] * call.inputs
             raise
         else:
             return output
         finally:
             _CALL.reset(token)
             self._last.records = call.records
-            self._counters.add(call.records, refuses=self.policy.action == "refuse")
+            # What was found counts also where the answer failed later; an attack that was seen is not a guard that failed.
+            self._counters.add(call.records or unseen, refuses=self.policy.action == "refuse")
 
     @staticmethod
     def _check_seen(call: _Call) -> None:
@@ -287,9 +290,7 @@ class GuardedModel:
         """Where image and text lie in the prompts of a prefill; raises ConfigError where they can't be told."""
         input_ids = kwargs.get("input_ids")
         if input_ids is None or input_ids.shape[1] != call.prompt:
-            raise ConfigError(
-                "the guard must see the whole prompt in one prefill: no continued cache, no chunks, no drafted tokens"
-            )
+            raise ConfigError("the guard must see the whole prompt in one prefill, and the model was run on something else before")
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.dim() != 2:  # a static cache is given masks of four dimensions, one a kind
             mask = None if call.mask is None else call.mask.repeat_interleave(len(input_ids) // call.inputs, dim=0)
@@ -407,7 +408,7 @@ class GuardedModel:
     def _run_again(
         self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: _Closing, first: torch.Tensor
     ) -> None:
-        """Close tokens, and replace logits and cache of their prompts by those of another prefill, in place.
+        """Close tokens, and replace logits, hidden states and cache of their prompts by those of another prefill, in place.
 
         An input whose picture is proven to carry its answer is closed further until its answer begins otherwise.
         """
@@ -425,6 +426,8 @@ class GuardedModel:
                 _copy_rows(vars(old), vars(new), purified)
             if self.policy.pruning == "remove":
                 call.tap.kept = _taken_out(base_of(self.model), output.past_key_values, call.tap.block)
+        for old, new in zip(output.get("hidden_states") or (), again.get("hidden_states") or (), strict=True):
+            old[purified] = new[purified]
         output.logits[purified] = again.logits[purified]
 
 
