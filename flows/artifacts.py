@@ -161,7 +161,8 @@ def suspects_markdown(suspects: Sequence[Suspect], quarantined: int) -> str:
 
 def guard_markdown(facts: Mapping[str, Any], distances: Sequence[float]) -> str:
     """The guard's threshold and the distances that it was taken from."""
-    cells = [(escape(name), escape(value)) for name, value in facts.items() if not isinstance(value, (list, dict))]
+    shown = (name for name, value in facts.items() if not isinstance(value, (list, dict)) or name == "false_positive_interval")
+    cells = [(escape(name), escape(facts[name])) for name in shown]
     plot = figures.plot_calibration(distances, float(facts.get("threshold", float("nan"))))
     return "\n\n".join(["## Guard calibration on kept rows", _image("distances", plot), table(["", ""], cells)])
 

@@ -15,7 +15,7 @@ import contextvars
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -108,11 +108,22 @@ class Tap:
     length: int = 0
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _TAP: contextvars.ContextVar[Tap | None] = contextvars.ContextVar("byesight_tap", default=None)
 _LAYERS: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
 """The numbers of the attention layers of every model that was ever attached."""
 _ROWS = 128
 """Query rows computed at a time where SDPA can't be used."""
+
+
+def uncompiled(function: _Function) -> _Function:
+    """Keep a function out of the graphs of torch.compile, and so of `generate` with a static cache on an accelerator.
+
+    A graph would hold for every later call what the context variables were in the call that it was traced in: whether a tap was
+    open, and which columns it closed.
+    """
+    kept: _Function = torch.compiler.disable(function, reason="what it does is the call's")  # type: ignore[no-untyped-call]
+    return kept
 
 
 @contextlib.contextmanager
@@ -231,6 +242,7 @@ def _explicit_attention(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
+@uncompiled
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -295,6 +307,7 @@ def attention_forward(
     return own, None
 
 
+@uncompiled
 def probed_mask(*, q_length: int, q_offset: int | torch.Tensor = 0, **settings: Any) -> torch.Tensor | None:
     """SDPA's mask; tells the open tap how many tokens there are, which the cache knows and an attention layer does not."""
     tap = _TAP.get()
@@ -309,8 +322,9 @@ AttentionMaskInterface.register(NAME, probed_mask)
 
 
 def base_of(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside PEFT's or torch.compile's wrapper, or the model itself."""
+    inside = getattr(model, "_orig_mod", model)  # torch.compile's; its `generate` is that of the model inside
+    base: PreTrainedModel = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
     return base
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from scipy.stats import beta
 from sklearn.covariance import LedoitWolf
 from sklearn.model_selection import KFold
 
@@ -31,6 +32,7 @@ class Calibration:
         mean, deviation: float (dimensions,).
         whitening: float (dimensions, dimensions).
         threshold: distance that a clean prompt exceeds with the target probability.
+        rate_interval: 95% interval of the probability with which one truly does; it is wide where rows are few.
         distances: float (rows,), those of the reference rows that the threshold is a quantile of.
         shrinkage: Ledoit-Wolf's weight of the scaled identity, 0 to 1.
     """
@@ -39,6 +41,7 @@ class Calibration:
     deviation: np.ndarray
     whitening: np.ndarray
     threshold: float
+    rate_interval: tuple[float, float]
     distances: np.ndarray
     shrinkage: float
 
@@ -70,7 +73,8 @@ def calibrate(
 
     The published threshold is a quantile of the very distances the fit was made on (`in-sample`), which understates it when
     dimensions are near the number of rows. The default is the conformal quantile, rank ceil((rows + 1)(1 - rate)), of
-    cross-validated distances.
+    cross-validated distances. What rate that keeps to is uncertain where rows are few: `Calibration.rate_interval` says so, as if
+    the rows were independent (turns about one picture are not) and held out (`in-sample` ones are not; their true rate is higher).
 
     Args:
         vectors: float (rows, dimensions), clean prompts.
@@ -98,7 +102,15 @@ def calibrate(
     if limit <= 0:
         raise StageError("the guard's reference rows do not differ in their attention; they can't tell what is usual")
     deviation = np.maximum(vectors.std(axis=0), 1e-6)
-    return Calibration(mean=mean, deviation=deviation, whitening=matrix, threshold=limit, distances=distances, shrinkage=shrinkage)
+    return Calibration(
+        mean=mean,
+        deviation=deviation,
+        whitening=matrix,
+        threshold=limit,
+        rate_interval=rate_interval(len(distances), false_positive_rate),
+        distances=distances,
+        shrinkage=shrinkage,
+    )
 
 
 def _held_out_distances(vectors: np.ndarray, groups: np.ndarray, whitening: Whitening, seed: int, folds: int) -> np.ndarray:
@@ -114,13 +126,36 @@ def _held_out_distances(vectors: np.ndarray, groups: np.ndarray, whitening: Whit
 
 
 def conformal_quantile(values: np.ndarray, rate: float) -> float:
-    """The value of rank ceil((rows + 1)(1 - rate)), at most the largest: a new one exceeds it with the rate."""
-    rank = min(len(values), int(np.ceil((len(values) + 1) * (1 - rate) - 1e-9)))
-    return float(np.sort(values)[rank - 1])
+    """The value of rank ceil((rows + 1)(1 - rate)): a new one exceeds it with at most the rate, on average over such samples.
+
+    Fewer rows than 1 / rate - 1 (99 for a rate of 0.01) have no such rank. The largest value stands for it then, which a new one
+    exceeds with a probability of 1 / (rows + 1), more than the rate.
+    """
+    return float(np.sort(values)[_conformal_rank(len(values), rate) - 1])
+
+
+def rate_interval(rows: int, rate: float) -> tuple[float, float]:
+    """95% interval of the probability that a new value exceeds the `conformal_quantile` of so many independent ones.
+
+    The value of rank r among n is exceeded with a probability distributed as Beta(n + 1 - r, r), whatever the values' own
+    distribution, if that is continuous (Vovk 2012, "Conditional validity of inductive conformal predictors", section 3).
+    """
+    rank = _conformal_rank(rows, rate)
+    low, high = beta.ppf([0.025, 0.975], rows + 1 - rank, rank)
+    return float(low), float(high)
+
+
+def _conformal_rank(rows: int, rate: float) -> int:
+    """ceil((rows + 1)(1 - rate)), at most the number of rows."""
+    return min(rows, int(np.ceil((rows + 1) * (1 - rate) - 1e-9)))
 
 
 def familiar_tokens(first: np.ndarray, rate: float) -> np.ndarray:
-    """First tokens of answers that are usual, so that at most the target share of kept rows begins with another one.
+    """First tokens of answers that are usual: of the kept rows at most the target share begins with one that is not.
+
+    A row's own answer does not make its token usual for it; the other rows do (leave-one-out). So a token is usual where at least
+    so many rows begin with it, and that number is the largest for which at most the target share of rows has fewer others of its
+    own token.
 
     Args:
         first: int (rows,), the first token that the model answers each kept prompt with.
@@ -130,11 +165,11 @@ def familiar_tokens(first: np.ndarray, rate: float) -> np.ndarray:
         int64 (tokens,), ascending; empty where so many tokens come once that a new one means nothing.
     """
     tokens, counts = np.unique(first, return_counts=True)
-    if (counts == 1).sum() > rate * len(first):  # their share is that of tokens not seen yet (Good and Turing)
-        return np.empty(0, dtype=np.int64)
-    levels = np.unique(counts)
-    rare = max((level for level in levels if counts[counts <= level].sum() <= rate * len(first)), default=0)
-    return np.asarray(tokens[counts > rare], dtype=np.int64)
+    others = counts - 1
+    levels = np.unique(others)
+    # At 0 more rows than the rate have no other of their token; their share is that of tokens not seen yet (Good and Turing).
+    enough = min((level for level in levels if counts[others <= level].sum() > rate * len(first)), default=0)
+    return np.asarray(tokens[counts >= enough] if enough else tokens[:0], dtype=np.int64)
 
 
 def transfer_threshold(shares: np.ndarray) -> float:

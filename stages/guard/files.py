@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pipeline.attention import base_of
 from pipeline.errors import ModelError
 from pipeline.models import ADAPTER_WEIGHTS
 from stages.guard.detector import FEATURES, TENSORS, Detector
@@ -43,7 +44,8 @@ class Guard:
         policy: what it does with what it finds.
         base: identity of the base it was calibrated on.
         adapter: sha256 of the adapter's weights; empty where the base itself is guarded.
-        facts: reference rows, target false positive rate and the like, for people to read.
+        facts: reference rows, target false positive rate and the like, for people to read; `dtype` is the type of the weights that
+            it was calibrated in, as torch names it.
     """
 
     detector: Detector
@@ -52,6 +54,11 @@ class Guard:
     base: str
     adapter: str
     facts: dict[str, Any]
+
+
+def dtype_name(model: Any) -> str:
+    """The type of a model's weights, as torch names it: float32, bfloat16."""
+    return str(base_of(model).dtype).removeprefix("torch.")
 
 
 def adapter_digest(folder: pathlib.Path) -> str:

@@ -34,16 +34,18 @@ from pipeline.attention import (
     prompt_regions,
     reduce_layer,
     tapped,
+    uncompiled,
 )
 from pipeline.decoder import attention_layers, is_hybrid
 from pipeline.errors import ByeSightError, ConfigError, ModelError
 from pipeline.models import image_token_id
 from stages.guard.detector import Detector, feature_vectors
-from stages.guard.files import Guard
+from stages.guard.files import Guard, dtype_name
 from stages.guard.policy import DEFAULT, Policy
 from stages.guard.purify import published_tokens, rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import Counters, GuardRecord
 from stages.guard.transfer import STEPS, Carried, TransferRule, TransferTest, image_attention
+from stages.guard.ways import refuse_ways
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +149,12 @@ class GuardedModel:
 
     @classmethod
     def of(cls, model: Any, guard: Guard) -> GuardedModel:
-        """Put a stored guard on the model that it was calibrated on."""
+        """Put a stored guard on the model that it was calibrated on; warns where its weights are of another type."""
+        calibrated, actual = guard.facts.get("dtype"), dtype_name(model)
+        if calibrated not in (None, actual):
+            _log.warning(
+                "the guard was calibrated in %s and the model is in %s: its false positive rate may be another", calibrated, actual
+            )
         return cls(model, guard.detector, transfer=guard.transfer, policy=guard.policy)
 
     def __getattr__(self, name: str) -> Any:
@@ -195,7 +202,7 @@ class GuardedModel:
             detach(self.model, self._before)
         self._handles = []
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as the model's own: tensors of an inference mode could not be changed by who is given them
     def generate(self, **inputs: Any) -> Any:
         """The model's `generate`, guarded.
 
@@ -207,35 +214,37 @@ class GuardedModel:
 
         Raises:
             RefusedInputError: the action is `refuse` and an input was flagged.
-            ConfigError: prompts that the guard can't see: embeddings instead of ids, continued caches, padding on the right; where
-                `on_error` is `pass`, all but the first are answered unguarded.
+            ConfigError: prompts that the guard can't see (embeddings instead of ids, continued caches) and ways to generate that it
+                can't follow (`stages.guard.ways`), named before anything runs; padding on the right, unless `on_error` is `pass`:
+                then the answer is unguarded.
         """
         self._last.records = []
         prompt = inputs.get("input_ids", inputs.get("inputs"))
-        if prompt is None or not self._handles:
-            raise ConfigError(
-                "the guard is detached" if prompt is not None else "the guard finds pictures by their tokens: give input_ids"
-            )
+        if prompt is None or inputs.get("inputs_embeds") is not None:
+            raise ConfigError("the guard finds pictures by their tokens: give input_ids, and no inputs_embeds")
+        if not self._handles:
+            raise ConfigError("the guard is detached")
         if strange := sorted(name for name in _UNSEEN if inputs.get(name) is not None):
             raise ConfigError(f"the guard looks at pictures alone, not at {', '.join(strange)}")
+        refuse_ways(base_of(self.model), inputs)
         call = _Call(owner=self, inputs=prompt.shape[0], prompt=prompt.shape[1], mask=inputs.get("attention_mask"))
         call.tap.observer = lambda layer, weights: self._observe(call, layer, weights)
+        unseen: list[GuardRecord] = []
         token = _CALL.set(call)
         try:
             with tapped(call.tap):
                 output = self.model.generate(**inputs)
             self._check_seen(call)
-        except RefusedInputError:
-            raise
         except Exception:
-            self._counters.add([GuardRecord.of_failure(self.detector.threshold)] * call.inputs, refuses=False)
+            unseen = [GuardRecord.of_failure(self.detector.threshold)] * call.inputs
             raise
         else:
             return output
         finally:
             _CALL.reset(token)
             self._last.records = call.records
-            self._counters.add(call.records, refuses=self.policy.action == "refuse")
+            # What was found counts also where the answer failed later; an attack that was seen is not a guard that failed.
+            self._counters.add(call.records or unseen, refuses=self.policy.action == "refuse")
 
     @staticmethod
     def _check_seen(call: _Call) -> None:
@@ -272,6 +281,7 @@ class GuardedModel:
         call.statistics[layer] = reduce_layer(call.weights[layer], call.regions, top=1)
         call.seconds += time.perf_counter() - started
 
+    @uncompiled
     def _before_forward(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the prefill of a guarded call: find the image and the text in the prompt."""
         call = _CALL.get()
@@ -283,9 +293,7 @@ class GuardedModel:
         """Where image and text lie in the prompts of a prefill; raises ConfigError where they can't be told."""
         input_ids = kwargs.get("input_ids")
         if input_ids is None or input_ids.shape[1] != call.prompt:
-            raise ConfigError(
-                "the guard must see the whole prompt in one prefill: no continued cache, no chunks, no drafted tokens"
-            )
+            raise ConfigError("the guard must see the whole prompt in one prefill, and the model was run on something else before")
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.dim() != 2:  # a static cache is given masks of four dimensions, one a kind
             mask = None if call.mask is None else call.mask.repeat_interleave(len(input_ids) // call.inputs, dim=0)
@@ -295,12 +303,14 @@ class GuardedModel:
         call.regions = prompt_regions(input_ids, seen, self._image_token_id)
         call.empty_cache = copy.deepcopy(kwargs.get("past_key_values"))
 
+    @uncompiled
     def _before_decoder(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the prefill of a guarded call: keep the picture as the decoder takes it."""
         call = _CALL.get()
         if call is not None and call.owner is self and not call.done and self._test is not None:
             call.embeddings = kwargs.get("inputs_embeds")
 
+    @uncompiled
     def _after_forward(self, module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """At the prefill of a guarded call: detect, and run flagged rows again with their tokens closed."""
         call = _CALL.get()
@@ -422,7 +432,7 @@ class GuardedModel:
     def _run_again(
         self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: _Closing, first: torch.Tensor
     ) -> None:
-        """Close tokens, and replace logits and cache of their prompts by those of another prefill, in place.
+        """Close tokens, and replace logits, hidden states and cache of their prompts by those of another prefill, in place.
 
         An input whose picture is proven to carry its answer is closed from the last layers on, then from earlier ones, until its
         answer begins otherwise: what the prompt has read of its picture before stays.
@@ -440,6 +450,8 @@ class GuardedModel:
                 _copy_rows(vars(old), vars(new), purified)
             if self.policy.pruning == "remove":
                 call.tap.kept = _taken_out(base_of(self.model), output.past_key_values, call.tap.block)
+        for old, new in zip(output.get("hidden_states") or (), again.get("hidden_states") or (), strict=True):
+            old[purified] = new[purified]
         output.logits[purified] = again.logits[purified]
 
 

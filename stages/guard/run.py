@@ -36,7 +36,7 @@ from stages.guard.worker import ReferenceWorker
 from stages.score.groups import plain_answer
 from storage.subset import copy_rows, pictured_rows
 
-VERSION = 5
+VERSION = 6
 CALIBRATION = "calibration.parquet"
 _BATCH = 32
 _TRIED = 100
@@ -75,7 +75,8 @@ def run(
         progress: called as rows are done.
 
     Returns:
-        The summary: reference_rows, dimensions, threshold, shrinkage, the target rate, and the limits of the causal test.
+        The summary: reference_rows, dtype (of the weights, as torch names it), dimensions, threshold, shrinkage, the target rate
+            and the 95% interval of the true one, and the limits of the causal test.
 
     Raises:
         StageError: too few kept rows with pictures, or as `calibrate`.
@@ -126,7 +127,9 @@ def run(
     transfer = _rule(reference, fit, hosts, config) if hosts else None
     facts: dict[str, Any] = {
         "reference_rows": len(vectors),
+        "dtype": reference["dtype"][0].as_py(),
         "false_positive_rate": config.false_positive_rate,
+        "false_positive_interval": list(fit.rate_interval),
         "whitening": config.whitening,
         "shrinkage": fit.shrinkage,
     }

@@ -16,12 +16,14 @@ from pipeline.generation import encode_on
 from pipeline.models import Dtype, image_token_id, load_adapter, load_base
 from pipeline.records import Example, examples_of, sample_from_record
 from stages.guard.detector import chosen_layers, feature_vectors
+from stages.guard.files import dtype_name
 from stages.guard.transfer import TransferTest, closing_layers, image_attention, variants
 
 REFERENCE = pa.schema(
     [
         ("row", pa.int64()),
         ("turn", pa.int32()),
+        ("dtype", pa.string()),
         ("layers", pa.list_(pa.int32())),
         ("vector", pa.list_(pa.float32())),
         ("first_token", pa.int64()),
@@ -31,10 +33,10 @@ REFERENCE = pa.schema(
         ("count", pa.int32()),
     ]
 )
-"""One pictured example: the layers read, the detection vector, the first token of the answer, the shares of hosts that take it over
-with its attended tokens and with its whole picture planted (NaN where these were not tried, or can't tell), whether it begins
-otherwise with the picture closed from each of `closing_layers` on (null where that was not tried), and the number of attention
-layers."""
+"""One pictured example: the type of the weights, as torch names it, the layers read, the detection vector, the first token of the
+answer, the shares of hosts that take it over with its attended tokens and with its whole picture planted (NaN where these were not
+tried, or can't tell), whether it begins otherwise with the picture closed from each of `closing_layers` on (null where that was not
+tried), and the number of attention layers."""
 
 
 class ReferenceWorker:
@@ -62,6 +64,7 @@ class ReferenceWorker:
         self.test = TransferTest(self.model, [load_file(path) for path in hosts]) if hosts else None
         self.tried = frozenset(tried)
         self._image_token = image_token_id(base_of(self.model).config)
+        self._dtype = dtype_name(self.model)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         samples = [sample_from_record(record) for record in table.to_pylist()]
@@ -98,7 +101,8 @@ class ReferenceWorker:
         records = []
         for k, example in enumerate(examples):
             image = regions.image[k]
-            record = {"row": example.row, "turn": example.turn, "layers": self.layers, "vector": vectors[k], "count": self.count}
+            record = {"row": example.row, "turn": example.turn, "dtype": self._dtype, "count": self.count}
+            record |= {"layers": self.layers, "vector": vectors[k]}
             shares = dict.fromkeys(("attended", "whole"), float("nan"))
             if self.test is not None and k in changed:
                 for name, chosen in variants(attention[k, image]).items():

@@ -137,3 +137,10 @@ def test_published_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Outlet().publish("a-key", lambda: "text", LOG)
     assert not Outlet().publish("empty", lambda: "", LOG)
     assert published == {"a-key": "text"}
+
+
+def test_the_guards_false_positive_rate_is_shown_with_its_interval() -> None:
+    facts = {"threshold": 8.5, "false_positive_rate": 0.01, "false_positive_interval": [0.001, 0.05], "layers": [3, 4]}
+    shown = artifacts.guard_markdown(facts, [1.0, 2.0, 9.0]).replace("\\", "")
+    assert "[0.001, 0.05]" in shown
+    assert "[3, 4]" not in shown

@@ -16,6 +16,7 @@ from stages.guard.calibrate import (
     familiar_tokens,
     fit_reference,
     layer_thresholds,
+    rate_interval,
     transfer_threshold,
 )
 from stages.guard.transfer import MAJORITY
@@ -171,7 +172,14 @@ FAMILIAR: dict[str, tuple[dict[int, int], float, list[int]]] = {
     "too common for it": ({7: 50, 3: 44, 9: 6}, 0.05, [3, 7, 9]),
     "equally rare ones go together": ({7: 90, 3: 5, 9: 5}, 0.1, [7]),
     "or stay together": ({7: 90, 3: 5, 9: 5}, 0.09, [3, 7, 9]),
-    "levels add up": ({7: 90, 1: 4, 2: 3, 3: 2, 4: 1}, 0.06, [1, 7]),
+    "levels add up": ({7: 90, 1: 4, 2: 3, 3: 2, 4: 1}, 0.06, [1, 2, 7]),  # each 1 has as many others as there are of 2
+    "beyond the next level": ({7: 90, 1: 5, 2: 3, 3: 2}, 0.05, [1, 7]),
+    "its own occurrence does not count": (
+        {7: 60, **dict.fromkeys(range(20, 30), 2), **dict.fromkeys(range(40, 45), 4)},
+        0.2,
+        [7, *range(40, 45)],
+    ),
+    "a step below what is too common": ({7: 90, 1: 6, 2: 5, 3: 1}, 0.07, [1, 2, 7]),
     "up to the rate": ({7: 90, 1: 4, 2: 3, 3: 2, 4: 1}, 0.1, [7]),
     "as many singles as the rate": ({7: 90, **dict.fromkeys(range(20, 30), 1)}, 0.1, [7]),
     "one single more": ({7: 89, **dict.fromkeys(range(20, 31), 1)}, 0.1, []),
@@ -207,6 +215,52 @@ def test_at_most_the_rate_of_kept_rows_begins_with_a_token_that_is_not_familiar(
         assert counts[rare].sum() <= rate * len(first)
         assert counts[rare].max(initial=0) < counts[~rare].min()
     assert some > 5
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
+def test_a_row_is_judged_by_the_other_rows(rate: float) -> None:
+    """Written out: every row is left out in turn; the number that is asked for is the largest that keeps the rate."""
+    generator = np.random.default_rng(1)
+    some = 0
+    for _ in range(30):
+        first = generator.zipf(1.0 + 2 * generator.random(), size=80) % 300
+        others = np.array([(np.delete(first, k) == first[k]).sum() for k in range(len(first))])
+        kept = [number for number in range(1, 81) if (others < number).sum() <= rate * len(first)]
+        enough = max(kept, default=0)
+        expected = [token for token in np.unique(first) if enough and (first == token).sum() >= enough]
+        assert familiar_tokens(first, rate).tolist() == expected
+        some += bool(expected)
+    assert some > 5
+
+
+@pytest.mark.parametrize(("rows", "rate"), [(50, 0.01), (99, 0.01), (200, 0.01), (200, 0.05), (1000, 0.1), (120, 0.3)])
+def test_the_interval_holds_the_true_rate_as_often_as_it_says(rows: int, rate: float) -> None:
+    """Uniform values: what lies above a limit is one minus it."""
+    generator = np.random.default_rng(rows)
+    true = 1 - np.array([conformal_quantile(generator.random(rows), rate) for _ in range(4000)])
+    low, high = rate_interval(rows, rate)
+    assert ((low <= true) & (true <= high)).mean() == pytest.approx(0.95, abs=0.012)
+    assert (true < low).mean() == pytest.approx(0.025, abs=0.009)
+    on_average = max(1, math.floor((rows + 1) * rate + 1e-9)) / (rows + 1)  # at most the rate, but for 50 rows
+    assert true.mean() == pytest.approx(on_average, rel=0.06)
+    assert (on_average > rate) == (rows < 99)
+
+
+def test_what_rate_few_rows_can_promise() -> None:
+    """At a rate of 0.01, 50 rows give about 0.02, 99 the first quantile of it; only many give a narrow interval."""
+    few, least, many = (rate_interval(rows, 0.01) for rows in (50, 99, 10_000))
+    assert few == pytest.approx((1 - 0.975 ** (1 / 50), 1 - 0.025 ** (1 / 50)))  # the largest of 50 values
+    assert few[1] > 0.07
+    assert least[0] < 0.01 < least[1] < 0.04
+    assert many == pytest.approx((0.0081, 0.012), rel=0.03)
+
+
+def test_the_interval_of_a_calibration() -> None:
+    values = draws(120, 3, 5)
+    for rate in (0.01, 0.2):
+        fit = calibrate(values, false_positive_rate=rate, whitening="full", seed=0)
+        assert fit.rate_interval == rate_interval(120, rate)
+        assert fit.rate_interval[0] < fit.rate_interval[1]
 
 
 THRESHOLDS: dict[str, tuple[list[float], float]] = {

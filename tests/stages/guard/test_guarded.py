@@ -325,7 +325,7 @@ def test_what_the_guard_can_not_see_is_refused(model: Any, even: Batch, name: st
     rows = slice(0, 1) if name == "drafted" else slice(None)
     given = {key: value[rows] if isinstance(value, torch.Tensor) else value for key, value in given.items()}
     with GuardedModel(model, plain_detector(threshold=FAR)) as guarded:
-        with pytest.raises(ConfigError, match=r"give input_ids|the whole prompt in one prefill"):
+        with pytest.raises(ConfigError, match=r"give input_ids|prefill, which the guard must see"):
             generated(guarded, given)
         assert guarded.records == []
         generated(guarded, even)

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from pipeline.config import GuardConfig
 from pipeline.errors import ModelError, StageError
 from pipeline.generation import answer
-from pipeline.models import base_identity
+from pipeline.models import Dtype, base_identity
 from pipeline.prompts import encode_prompts
 from pipeline.records import Sample, examples_of, question_answer
+from stages.guard.calibrate import rate_interval
 from stages.guard.detector import FEATURES, TENSORS
 from stages.guard.files import GUARD, GUARD_TENSORS, adapter_digest, load_guard
 from stages.guard.guarded import RefusedInputError
@@ -59,7 +60,9 @@ class Stage:
         self.folder, self.engine = folder, engine
         self.inputs = {"rows": rows, "base": base, "adapter": adapter}
 
-    def run(self, name: str, *, kept: range = range(ROWS), seed: int = 0, **config: Any) -> tuple[dict[str, Any], pathlib.Path]:
+    def run(
+        self, name: str, *, kept: range = range(ROWS), seed: int = 0, dtype: Dtype = "float32", **config: Any
+    ) -> tuple[dict[str, Any], pathlib.Path]:
         out = self.folder / name
         out.mkdir()
         pq.write_table(pa.table({"row": list(kept)}), self.folder / f"{name}.parquet")
@@ -68,7 +71,7 @@ class Stage:
             **self.inputs,
             keep=self.folder / f"{name}.parquet",
             config=GuardConfig(**config),
-            dtype="float32",
+            dtype=dtype,
             engine=self.engine,
             seed=seed,
             out=out,
@@ -105,6 +108,19 @@ def test_what_is_written(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pa
     assert len(distances) == 55
     assert (distances > summary["threshold"]).sum() == 4  # rank ceil(56 * 0.9) of 55
     json.dumps(summary, allow_nan=False)
+
+
+@pytest.mark.parametrize(("dtype", "actual"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_what_a_guard_says_of_its_calibration(
+    stage: Stage, dtype: Dtype, actual: str, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path
+) -> None:
+    """The type that the weights had, and the false positive rates that so few rows can promise."""
+    summary, out = stage.run("a", dtype=dtype, reference_rows=52, suspicion_rate=0)
+    found = load_guard(out, base=base_identity(tiny_base), adapter=adapter_digest(tiny_adapter)).facts
+    for facts in (summary, found):
+        assert facts["dtype"] == actual
+        assert facts["false_positive_interval"] == list(rate_interval(52, 0.01))
+    assert summary["false_positive_rate"] == 0.01
 
 
 def test_the_causal_test_that_is_written(
