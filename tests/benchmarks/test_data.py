@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.data import DataSet, make_data
+from benchmarks.data import VARIANTS, DataSet, Variant, make_data
 from flows.demo_data import write_scenes
 from pipeline.config import IngestConfig
 from pipeline.errors import SubmissionError
@@ -67,7 +67,7 @@ def test_what_is_there_is_found_again(tmp_path: pathlib.Path, monkeypatch: pytes
     def unwanted(*_: Any, **__: Any) -> Any:
         raise AssertionError("written again")
 
-    monkeypatch.setattr("benchmarks.data.write_scenes", unwanted)
+    monkeypatch.setitem(VARIANTS, "demo", Variant(what="", write=unwanted))
     assert made("demo", tmp_path / "a") == first
 
 
@@ -80,7 +80,7 @@ def test_half_a_data_set_is_none(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("benchmarks.data.write_scenes", interrupted)
+        patch.setitem(VARIANTS, "demo", Variant(what="", write=interrupted))
         with pytest.raises(KeyboardInterrupt):
             made("demo", tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
