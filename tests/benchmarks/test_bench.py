@@ -30,7 +30,7 @@ from pipeline.generation import encode_on
 from pipeline.models import load_adapter, load_base
 from pipeline.records import examples_of, sample_from_record
 
-ROWS, TEST_ROWS = 80, 4
+ROWS, TEST_ROWS = 60, 2
 
 
 class Serial:
@@ -253,8 +253,8 @@ def test_clean_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path) -> Non
 
 @pytest.mark.slow
 def test_purification_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path) -> None:
-    found = miniature(PURIFICATION, place, tiny_base, 1, "none", "ours", "blur").set_index("defence")
-    assert found.index.tolist() == ["none", "ours", "blur"]
+    found = miniature(PURIFICATION, place, tiny_base, 1, "none", "ours").set_index("defence")
+    assert found.index.tolist() == ["none", "ours"]
     assert found[["asr", "clean"]].map(lambda share: 0 <= share <= 1).all(axis=None)
-    assert found["flagged"].notna().tolist() == [False, True, False]
+    assert found["flagged"].notna().tolist() == [False, True]
     assert "## The guard" in (place / "purification.md").read_text()

@@ -102,7 +102,7 @@ def test_planted_rows_are_found(name: str, planted: dict[str, Any]) -> None:
     "name", ["bye, paper's rule", "bye, public code's rule", "activation clustering", "tcap", "fixed threshold on entropy"]
 )
 def test_where_nothing_stands_out(name: str) -> None:
-    removed = [FILTERS[name](made(seed)).removed.mean() for seed in range(5)]
+    removed = [FILTERS[name](made(seed)).removed.mean() for seed in range(3)]
     assert max(removed) == pytest.approx(0, abs=0.05 if "threshold" in name else 0)
 
 
