@@ -177,8 +177,9 @@ def test_shares_of_attention() -> None:
     assert shares[..., 2].mean() == pytest.approx(0.3, abs=0.01)
 
 
-def test_only_heads_that_separate_vote_and_the_smaller_part_is_suspicious() -> None:
-    votes = head_votes(allocation(made(pull=8.0).table), 0)
+@pytest.mark.parametrize("pull", [8.0, -8.0])
+def test_only_heads_that_separate_vote_and_the_smaller_part_is_suspicious(pull: float) -> None:
+    votes = head_votes(allocation(made(pull=pull).table), 0)
     assert votes.shape == (ROWS, 2)
     assert (votes == TRUTH[:, None]).mean() > 0.98
 
