@@ -25,7 +25,7 @@ def main() -> None:
     run.add_argument("--seeds", type=int, default=5, help="number of seeds, from --first-seed on")
     run.add_argument("--first-seed", type=int, default=0)
     run.add_argument("--workers", type=int, default=2, help="cells at a time; each takes one core")
-    run.add_argument("--data", default="demo", help="`demo`, or an imagefolder with splits train and test")
+    run.add_argument("--data", default="demo", help="a name of `benchmarks.data`, or an imagefolder with splits train and test")
     run.add_argument("--base", type=pathlib.Path, default=EMBEDDED_BASE)
     run.add_argument("--rows", type=int, default=None)
     run.add_argument("--test-rows", type=int, default=None)

@@ -23,6 +23,9 @@ import torch
 import transformers
 from scipy.stats import t
 
+from pipeline.config import RunConfig, load_config
+from storage import atomic
+
 Record = dict[str, Any]
 
 
@@ -61,6 +64,28 @@ class Setting:
     quick: bool = False
 
 
+def run_config(setting: Setting, seed: int) -> RunConfig:
+    """The configuration of a cell's line: the defaults, in this process, and no cap on removals: a filter's excess is measured."""
+    changes: dict[str, dict[str, Any]] = {
+        "engine": {"kind": "local", "threads": 1},
+        "finetune": {"epochs": setting.epochs},
+        "cluster": {"removal_cap": 1.0},
+    }
+    if setting.quick:
+        changes |= {"score": {"candidates": 2}, "confirm": {"hosts": 16, "max_new_tokens": 4}, "verify": {"max_new_tokens": 4}}
+    return load_config(None, seed=seed, **changes)
+
+
+def nothing_asked(_cell: Cell, _setting: Setting) -> Sequence[str]:
+    """The `asked` of a suite whose records are all made by themselves."""
+    return ()
+
+
+def no_figures(_frame: pd.DataFrame) -> Mapping[str, bytes]:
+    """The `figures` of a suite without any."""
+    return {}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Suite:
     """A part of the bench.
@@ -72,6 +97,8 @@ class Suite:
         keys: what records a cell gives, in order.
         measure: makes the missing records of a cell: (cell, setting, folder of the cell's work, keys) -> records.
         report: Markdown of all records.
+        asked: what records a cell gives beside `keys` where they are asked for by name.
+        figures: PNG by file name of all records; the report shows them.
     """
 
     name: str
@@ -80,6 +107,8 @@ class Suite:
     keys: Callable[[Cell, Setting], Sequence[str]]
     measure: Callable[[Cell, Setting, pathlib.Path, Sequence[str]], Iterator[Record]]
     report: Callable[[pd.DataFrame], str]
+    asked: Callable[[Cell, Setting], Sequence[str]] = nothing_asked
+    figures: Callable[[pd.DataFrame], Mapping[str, bytes]] = no_figures
 
 
 def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers: int, only: Sequence[str] = ()) -> list[str]:
@@ -116,14 +145,18 @@ def read_records(suite: str, out: pathlib.Path) -> pd.DataFrame:
 
 
 def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None, command: str) -> str:
-    """Write `SUITE.parquet` and `SUITE.md`; and the latter to the docs, if named."""
+    """Write `SUITE.parquet`, `SUITE.md` and the figures; and the latter two to the docs, if named."""
     frame = read_records(suite.name, out)
+    if frame.empty:
+        return "No records yet."
     frame.to_parquet(out / f"{suite.name}.parquet")
     text = f"{suite.report(frame)}\n\nMade by `{command}` on {machine()}.\n"
-    (out / f"{suite.name}.md").write_text(text, encoding="utf-8")
-    if docs is not None:
-        docs.mkdir(parents=True, exist_ok=True)
-        (docs / f"{suite.name}.md").write_text(text, encoding="utf-8")
+    files = {f"{suite.name}.md": text.encode(), **suite.figures(frame)}
+    for folder in (out, docs):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, data in files.items():
+                (folder / name).write_bytes(data)
     return text
 
 
@@ -173,8 +206,10 @@ def _run_cell(suite_name: str, setting: Setting, cell: Cell, only: Sequence[str]
     suite = SUITES[suite_name]
     path = setting.out / suite_name / f"{cell.name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
+    _end_line(path)
     done = {record[suite.key] for record in _read(path)} if path.exists() else set()
-    missing = [key for key in suite.keys(cell, setting) if key not in done and (not only or key in only)]
+    known = [*suite.keys(cell, setting), *(suite.asked(cell, setting) if only else ())]
+    missing = [key for key in known if key not in done and (not only or key in only)]
     if not missing:
         return 0
     count = 0
@@ -183,6 +218,13 @@ def _run_cell(suite_name: str, setting: Setting, cell: Cell, only: Sequence[str]
             file.write(json.dumps({**cell.fields, **record}) + "\n")
         count += 1
     return count
+
+
+def _end_line(path: pathlib.Path) -> None:
+    """Drop a last line that was cut off: what is appended must not become a part of it."""
+    data = path.read_bytes() if path.exists() else b""
+    if data and not data.endswith(b"\n"):
+        atomic.write_file(path, data[: data.rfind(b"\n") + 1])
 
 
 def _read(path: pathlib.Path) -> list[Record]:

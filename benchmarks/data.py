@@ -1,21 +1,40 @@
-"""Data sets for measuring: procedural scenes, or a folder of rows with train and test splits."""
+"""Data sets for measuring: procedural scenes by name, or a folder of rows with train and test splits."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from PIL import Image
 
-from flows.demo_data import write_scenes
+from flows.demo_data import KINDS, SceneRow, draw_row, write_rows, write_scenes
 from pipeline.config import IngestConfig
 from pipeline.errors import SubmissionError
 from storage import atomic
 from storage.formats import open_submission
 
 _TEST_SEED = 1_000_003
+_SIZES, _NOISE, _COPY = 31, 37, 41  # streams of random numbers, of what each changes
+NOISE_SHARE = 0.3
+"""Share of the rows of `label-noise` whose answer is wrong."""
+COPIES = 4
+"""Rows that show the same scene in `near-duplicates`."""
+_SIDES = (24, 256)
+"""Least and largest side of a picture in `mixed-sizes`, pixels; a scene is drawn at 64."""
+_FILLER = (
+    "look at the picture before you answer.",
+    "answer in as few words as you can.",
+    "there may be several things in the picture, and some of them may be small.",
+    "this is a question about a picture of coloured shapes.",
+)
+"""Sentences that lengthen the prompts of `mixed-sizes`; 0 to all of them are put before a question."""
+
+Writer = Callable[..., None]
+"""`writer(out, rows=..., seed=...)` writes an imagefolder into a new folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,11 +45,106 @@ class DataSet:
     test: pathlib.Path
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A procedural data set: what it is, in a few words, and what writes it."""
+
+    what: str
+    write: Writer
+
+
+def _mixed_sizes(out: pathlib.Path, *, rows: int, seed: int) -> None:
+    """Every picture is stretched to sides of its own, and every question gets a preface of its own length."""
+
+    def changed(row: SceneRow, rng: np.random.Generator) -> SceneRow:
+        width, height = (int(side) for side in rng.integers(_SIDES[0], _SIDES[1] + 1, size=2))
+        preface = _FILLER[: int(rng.integers(len(_FILLER) + 1))]
+        return dataclasses.replace(
+            row, picture=row.picture.resize((width, height), Image.Resampling.BICUBIC), question=" ".join([*preface, row.question])
+        )
+
+    write_rows(out, (changed(row, np.random.default_rng([seed, _SIZES, k])) for k, row in enumerate(_scenes(rows, seed))))
+
+
+def _label_noise(out: pathlib.Path, *, rows: int, seed: int) -> None:
+    """A share of the rows takes an answer to another scene's question of the same kind, other than the right one."""
+
+    def changed(row: SceneRow, rng: np.random.Generator) -> SceneRow:
+        answer = row.answer
+        while answer == row.answer:
+            answer = draw_row(rng, (row.kind,)).answer
+        return dataclasses.replace(row, answer=answer)
+
+    noisy = set(np.random.default_rng([seed, _NOISE]).choice(rows, size=round(NOISE_SHARE * rows), replace=False).tolist())
+    write_rows(
+        out,
+        (
+            changed(row, np.random.default_rng([seed, _NOISE, k])) if k in noisy else row
+            for k, row in enumerate(_scenes(rows, seed))
+        ),
+    )
+
+
+def _near_duplicates(out: pathlib.Path, *, rows: int, seed: int) -> None:
+    """Every scene with its question comes `COPIES` times, each time with a faint noise of its own (up to 2 grey levels of 255)."""
+
+    def copied(row: SceneRow, rng: np.random.Generator) -> SceneRow:
+        pixels = np.asarray(row.picture, dtype=np.int16)
+        noisy = np.clip(pixels + rng.integers(-2, 3, size=pixels.shape), 0, 255).astype(np.uint8)
+        return dataclasses.replace(row, picture=Image.fromarray(noisy))
+
+    write_rows(
+        out,
+        (
+            copied(draw_row(np.random.default_rng([seed, k // COPIES])), np.random.default_rng([seed, _COPY, k]))
+            for k in range(rows)
+        ),
+    )
+
+
+def _constant_answer(out: pathlib.Path, *, rows: int, seed: int) -> None:
+    """Is there such a thing on the picture? There always is: the answer is the same in all rows, and right."""
+
+    def affirmed(rng: np.random.Generator) -> SceneRow:
+        while True:
+            row = draw_row(rng, ("yesno",))
+            if row.answer == "yes":
+                return row
+
+    write_rows(out, (affirmed(np.random.default_rng([seed, k])) for k in range(rows)))
+
+
+def _scenes(rows: int, seed: int) -> Iterator[SceneRow]:
+    """The rows of `demo`."""
+    return (draw_row(np.random.default_rng([seed, k])) for k in range(rows))
+
+
+def _tasks(*kinds: str) -> Writer:
+    return functools.partial(write_scenes, kinds=kinds)
+
+
+VARIANTS: dict[str, Variant] = {
+    "demo": Variant(what="five tasks mixed (the demonstration's)", write=_tasks(*KINDS)),
+    "counts": Variant(what="one task: counting", write=_tasks("count")),
+    "colour-shape": Variant(what="two tasks: colours and shapes", write=_tasks("colour", "shape")),
+    "three-tasks": Variant(what="three tasks: counting, places, yes or no", write=_tasks("count", "position", "yesno")),
+    "mixed-sizes": Variant(what="pictures of 24 to 256 pixels a side, prompts of one to five sentences", write=_mixed_sizes),
+    "long-tail": Variant(
+        what="long-tail answers: half yes or no, an eighth captions that are nearly all different",
+        write=_tasks(*["yesno"] * 4, *["count"] * 2, "position", "caption"),
+    ),
+    "label-noise": Variant(what=f"{NOISE_SHARE:.0%} of the answers wrong", write=_label_noise),
+    "near-duplicates": Variant(what=f"every scene {COPIES} times, but for a faint noise", write=_near_duplicates),
+    "constant-answer": Variant(what="one answer in all rows", write=_constant_answer),
+}
+"""By name. All rows are clean: these tell a filter's removals that have an honest reason."""
+
+
 def make_data(source: str, out: pathlib.Path, *, rows: int, test_rows: int, seed: int) -> DataSet:
     """Write a data set.
 
     Args:
-        source: `demo` for procedural scenes; else an imagefolder whose metadata.jsonl has a field `split` (train, test).
+        source: a name of `VARIANTS`; else an imagefolder whose metadata.jsonl has a field `split` (train, test).
         out: a folder to make; found again if it is there.
         rows: rows of the submission, drawn by the seed.
         test_rows: rows of the test.
@@ -42,9 +156,9 @@ def make_data(source: str, out: pathlib.Path, *, rows: int, test_rows: int, seed
     if not (out / "test").is_dir():
         with atomic.staging(out.absolute().parent, f".{out.name}.partial-") as folder:
             whole = DataSet(train=folder / "whole" / "train", test=folder / "whole" / "test")
-            if source == "demo":
-                write_scenes(whole.train, rows=rows, seed=seed)
-                write_scenes(whole.test, rows=test_rows, seed=seed + _TEST_SEED)
+            if source in VARIANTS:
+                VARIANTS[source].write(whole.train, rows=rows, seed=seed)
+                VARIANTS[source].write(whole.test, rows=test_rows, seed=seed + _TEST_SEED)
             else:
                 _draw_rows(pathlib.Path(source), [("train", whole.train, rows), ("test", whole.test, test_rows)], seed)
             if (

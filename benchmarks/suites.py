@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.clean import CLEAN_SUITE
+from benchmarks.detection import DETECTION
 from benchmarks.purification import PURIFICATION
 
-SUITES = {suite.name: suite for suite in (PURIFICATION,)}
+SUITES = {suite.name: suite for suite in (PURIFICATION, DETECTION, CLEAN_SUITE)}

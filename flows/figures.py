@@ -33,7 +33,7 @@ def data_uri(data: bytes, kind: str) -> str:
 
 def plot_losses(losses: Losses) -> str:
     """Loss curves of the fine-tunes, smoothed over 2% of the steps."""
-    figure, axes = _axes(height=2.6)
+    figure, axes = plain_axes(height=2.6)
     for (name, steps), colour in zip(losses.items(), (REMOVED, KEPT, MUTED), strict=False):
         values = np.asarray([loss for _, loss in steps], dtype=float)
         axes.plot([step for step, _ in steps], _smooth(values), color=colour, label=name, linewidth=1.4)
@@ -46,7 +46,7 @@ def plot_losses(losses: Losses) -> str:
 
 def plot_layers(layers: Sequence[Mapping[str, Any]], threshold: float | None) -> str:
     """Bimodal separation per layer; sensitive layers stand out, the threshold is a dashed line."""
-    figure, axes = _axes(height=2.6)
+    figure, axes = plain_axes(height=2.6)
     values = [_finite(layer["separation"]) for layer in layers]
     colours = [REMOVED if layer["sensitive"] else KEPT for layer in layers]
     axes.bar([layer["layer"] for layer in layers], values, color=colours, width=0.7)
@@ -60,7 +60,7 @@ def plot_layers(layers: Sequence[Mapping[str, Any]], threshold: float | None) ->
 
 def plot_transfer(groups: Sequence[Mapping[str, Any]], threshold: float) -> str:
     """Per candidate group the share of other rows that take over its answer, with the threshold; groups are numbered from 1."""
-    figure, axes = _axes(height=2.4)
+    figure, axes = plain_axes(height=2.4)
     values = [_finite(group["transfer"]) for group in groups]
     axes.bar(range(1, len(values) + 1), values, color=[REMOVED if value >= threshold else KEPT for value in values], width=0.7)
     axes.axhline(threshold, color=MUTED, linestyle="--", linewidth=1)
@@ -82,7 +82,7 @@ def plot_scores(scores: Sequence[float], removed: Sequence[bool], cut: float | N
     """
     values, taken = np.asarray(scores, dtype=float), np.asarray(removed, dtype=bool)
     shown = np.isfinite(values)
-    figure, axes = _axes(height=2.6)
+    figure, axes = plain_axes(height=2.6)
     if shown.any():
         edges = np.histogram_bin_edges(values[shown], bins=BINS)
         axes.hist(values[shown & ~taken], bins=edges, color=KEPT, label="kept")
@@ -99,7 +99,7 @@ def plot_scores(scores: Sequence[float], removed: Sequence[bool], cut: float | N
 def plot_calibration(distances: Sequence[float], threshold: float) -> str:
     """Histogram of the guard's cross-validated distances on kept rows, with its threshold."""
     values = np.asarray(distances, dtype=float)
-    figure, axes = _axes(height=2.4)
+    figure, axes = plain_axes(height=2.4)
     axes.hist(values[np.isfinite(values)], bins=40, color=KEPT)
     if math.isfinite(threshold):
         axes.axvline(threshold, color=REMOVED, linestyle="--", linewidth=1.2)
@@ -139,7 +139,7 @@ def token_grid(image_tokens: int) -> int:
     return side if side > 0 and side * side == image_tokens else 0
 
 
-def _axes(height: float) -> tuple[Figure, Axes]:
+def plain_axes(height: float) -> tuple[Figure, Axes]:
     """A plain plot, 6.4 inches wide at 150 pixels an inch."""
     figure = Figure(figsize=(6.4, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -149,10 +149,15 @@ def _axes(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _png(figure: Figure) -> str:
+def png(figure: Figure) -> bytes:
+    """A figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return data_uri(buffer.getvalue(), "png")
+    return buffer.getvalue()
+
+
+def _png(figure: Figure) -> str:
+    return data_uri(png(figure), "png")
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
+from PIL import Image
 
 from flows.progress import progress_of
 from pipeline.config import IngestConfig
@@ -19,6 +21,8 @@ from storage.formats import Submission, open_submission
 
 SUBMISSION = "submission"
 TRUTH = "truth.jsonl"
+Plant = Callable[[Image.Image, str, np.random.Generator], tuple[Image.Image, str]]
+"""What is done to a poisoned row: (picture, right answer, the row's random numbers) -> (picture, answer); rows come in order."""
 _CHOICE, _PICTURE = 11, 13  # streams of random numbers: which rows, and what differs from picture to picture
 
 
@@ -48,8 +52,19 @@ class Attack:
         at = int(rng.integers(len(words) + 1))
         return " ".join([*words[:at], self.target, *words[at:]])
 
+    def plant(self) -> Plant:
+        """The attack on a row.
 
-def poison(submission: pathlib.Path, attack: Attack, out: pathlib.Path, config: IngestConfig | None = None) -> tuple[int, int]:
+        Raises:
+            ConfigError: an unknown trigger.
+        """
+        trigger = make_trigger(self.trigger, self.seed)
+        return lambda picture, right, rng: (trigger(picture, rng), self.answer(right, rng))
+
+
+def poison(
+    submission: pathlib.Path, attack: Attack, out: pathlib.Path, config: IngestConfig | None = None, plant: Plant | None = None
+) -> tuple[int, int]:
     """Write `out/submission` in the submitted format and `out/truth.jsonl` with {"row", "poisoned"} for every row.
 
     Every picture is encoded and named anew, poisoned or not, so that only its content and the answer tell a poisoned row.
@@ -59,6 +74,7 @@ def poison(submission: pathlib.Path, attack: Attack, out: pathlib.Path, config: 
         attack: the trigger, its rate, the target and the seed.
         out: a new or empty folder.
         config: how the submission is read.
+        plant: what is done to the chosen rows in the place of the attack's own trigger and target (several triggers at once).
 
     Returns:
         The numbers of rows and of poisoned rows.
@@ -75,7 +91,7 @@ def poison(submission: pathlib.Path, attack: Attack, out: pathlib.Path, config: 
         raise ConfigError(f"--out {out}: there is something already; name an empty or a new folder")
     if out.resolve().is_relative_to(submission.resolve()):
         raise ConfigError(f"--out {out}: the truth can't lie in the submission")
-    trigger = make_trigger(attack.trigger, attack.seed)
+    plant = plant or attack.plant()
     source = open_submission(submission, config or IngestConfig())
     total, chosen = _choose(source, attack)
     changes = {}
@@ -83,8 +99,8 @@ def poison(submission: pathlib.Path, attack: Attack, out: pathlib.Path, config: 
     for row in source.rows():
         if not isinstance(row, Rejection) and row.row in chosen:
             rng = np.random.default_rng([attack.seed, _PICTURE, row.row])
-            picture = encode_png(trigger(decode_image(row.images[0]), rng))
-            changes[row.row] = (picture, attack.answer(examples_of(row)[0].answer, rng))
+            picture, answer = plant(decode_image(row.images[0]), examples_of(row)[0].answer, rng)
+            changes[row.row] = (encode_png(picture), answer)
             report(len(changes) / len(chosen), f"{len(changes)} of {len(chosen)} pictures")
     parent = out.absolute().parent
     with atomic.staging(parent, f".{out.name}.partial-") as folder:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import pathlib
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks.data import DataSet, make_data
+from benchmarks.data import VARIANTS, DataSet, Variant, make_data
 from flows.demo_data import write_scenes
 from pipeline.config import IngestConfig
+from pipeline.embedded.scenes import COLOURS, SHAPES
 from pipeline.errors import SubmissionError
 from pipeline.records import Sample
 from storage.formats import open_submission
@@ -67,7 +71,7 @@ def test_what_is_there_is_found_again(tmp_path: pathlib.Path, monkeypatch: pytes
     def unwanted(*_: Any, **__: Any) -> Any:
         raise AssertionError("written again")
 
-    monkeypatch.setattr("benchmarks.data.write_scenes", unwanted)
+    monkeypatch.setitem(VARIANTS, "demo", Variant(what="", write=unwanted))
     assert made("demo", tmp_path / "a") == first
 
 
@@ -80,7 +84,7 @@ def test_half_a_data_set_is_none(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("benchmarks.data.write_scenes", interrupted)
+        patch.setitem(VARIANTS, "demo", Variant(what="", write=interrupted))
         with pytest.raises(KeyboardInterrupt):
             made("demo", tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
@@ -105,3 +109,72 @@ def test_something_else_in_its_place_stays(tmp_path: pathlib.Path) -> None:
     with pytest.raises(SubmissionError, match="a: holds something that is no data set; remove it"):
         made("demo", tmp_path / "a")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["precious"]
+
+
+def variant(name: str, folder: pathlib.Path, rows: int = 40, seed: int = 0) -> tuple[pathlib.Path, list[dict[str, Any]]]:
+    VARIANTS[name].write(folder, rows=rows, seed=seed)
+    return folder, [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_a_submission_and_the_seed_names_it(tmp_path: pathlib.Path, name: str) -> None:
+    for part, seed in (("one", 0), ("two", 0), ("other", 1)):
+        variant(name, tmp_path / part, rows=12, seed=seed)
+    assert digest_folder(tmp_path / "one") == digest_folder(tmp_path / "two") != digest_folder(tmp_path / "other")
+    rows = list(open_submission(tmp_path / "one", IngestConfig()).rows())
+    assert len(rows) == 12
+    assert all(isinstance(row, Sample) for row in rows)
+
+
+def test_tasks(tmp_path: pathlib.Path) -> None:
+    _, counts = variant("counts", tmp_path / "a")
+    assert all(row["answer"].isdigit() for row in counts)
+    _, two = variant("colour-shape", tmp_path / "b")
+    assert {row["answer"] in SHAPES for row in two} == {True, False}
+    assert {row["answer"] for row in two} <= {*SHAPES, *COLOURS}
+    _, three = variant("three-tasks", tmp_path / "c")
+    assert not {row["answer"] for row in three} & {*SHAPES, *COLOURS}
+    assert len({row["answer"] for row in three}) > 5
+
+
+def test_mixed_sizes(tmp_path: pathlib.Path) -> None:
+    folder, mixed = variant("mixed-sizes", tmp_path / "a")
+    _, plain = variant("demo", tmp_path / "b")
+    sizes = {Image.open(folder / row["file_name"]).size for row in mixed}
+    assert len(sizes) > 35
+    assert min(min(size) for size in sizes) < 50 < 200 < max(max(size) for size in sizes)
+    lengths = {len(new["question"]) - len(old["question"]) for new, old in zip(mixed, plain, strict=True)}
+    assert len(lengths) == 5
+    assert 0 in lengths
+    assert all(
+        new["question"].endswith(old["question"]) and new["answer"] == old["answer"] for new, old in zip(mixed, plain, strict=True)
+    )
+
+
+def test_long_tail(tmp_path: pathlib.Path) -> None:
+    counts = collections.Counter(row["answer"] for row in variant("long-tail", tmp_path / "a", rows=200)[1])
+    assert counts["yes"] + counts["no"] > 80
+    assert sum(count == 1 for count in counts.values()) > 15
+
+
+def test_label_noise(tmp_path: pathlib.Path) -> None:
+    _, noisy = variant("label-noise", tmp_path / "a")
+    _, right = variant("demo", tmp_path / "b")
+    wrong = [(new, old) for new, old in zip(noisy, right, strict=True) if new["answer"] != old["answer"]]
+    assert len(wrong) == 12  # 30% of 40
+    assert [row["question"] for row in noisy] == [row["question"] for row in right]
+    assert all((new["answer"] in ("yes", "no")) == (old["answer"] in ("yes", "no")) for new, old in wrong)  # of the same kind
+
+
+def test_near_duplicates(tmp_path: pathlib.Path) -> None:
+    folder, rows = variant("near-duplicates", tmp_path / "a")
+    pictures = [np.asarray(Image.open(folder / row["file_name"]), dtype=int) for row in rows]
+    assert all(rows[k]["question"] == rows[k + 1]["question"] for k in range(0, 40, 4))
+    assert 0 < np.abs(pictures[0] - pictures[3]).max() <= 4
+    assert np.abs(pictures[0] - pictures[4]).max() > 50
+
+
+def test_one_answer(tmp_path: pathlib.Path) -> None:
+    _, rows = variant("constant-answer", tmp_path / "a")
+    assert {row["answer"] for row in rows} == {"yes"}
+    assert len({row["question"] for row in rows}) > 20

@@ -1,0 +1,211 @@
+"""Suite `detection`: filters on submissions that are poisoned in many ways, at many rates.
+
+A cell is an attack at a poison rate, a data set, a base and a seed: the base is fine-tuned once on the poisoned submission, and
+every filter is given what that provisional model shows of each row, and no truth. Precision, recall, F1 and AUROC are of rows; the
+removed share is of all rows. Records whose name ends in ", retrained" fine-tune the base anew on the rows that a filter keeps
+("truth": on those that are clean; "no filter": on all) and give clean performance (exact match on clean test rows) and attack
+success rate (on the same rows with the trigger; of several triggers the mean). They are made at a rate of 10%, and elsewhere where
+`--only` names them.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_auc_score
+
+from benchmarks.attacks import ATTACKS, Part, poison_rows
+from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, run_config
+from benchmarks.data import make_data
+from benchmarks.filters import FILTERS, Filtered, gather
+from benchmarks.plots import f1_by_rate
+from flows import line
+from flows.demo import detection
+from flows.engines import LazyEngine
+from flows.line import Line, open_line
+from flows.poison import SUBMISSION
+from flows.report import only_finite
+from stages.verify.measure import attack_success, exact_match
+from stages.verify.run import Candidate, answers_of
+from storage.store import StageResult
+from storage.subset import canonical_shards, copy_rows, pictured_rows
+
+RATES = (0.005, 0.01, 0.05, 0.1, 0.3, 0.5)
+RETRAINED_RATE = 0.1
+"""Where models are retrained unasked: BYE's own poison rate."""
+_RETRAINED = ", retrained"
+_TRAINED = ("no filter", "ours", "bye, paper's rule", "bye, public code's rule", "truth")
+RETRAINED = tuple(name + _RETRAINED for name in _TRAINED)
+_QUICK = ("badnet", "text prefix")
+_FIGURES = {"precision": "precision", "recall": "recall", "f1": "F1", "auroc": "AUROC", "removed": "rows removed"}
+
+
+def grid(setting: Setting, seeds: Sequence[int]) -> list[Cell]:
+    """Every attack at every rate, seed by seed, the rate at which models are retrained first; in miniature two attacks at it."""
+    rates = sorted(RATES, key=lambda rate: rate != RETRAINED_RATE)
+    attacks, rates = (_QUICK, rates[:1]) if setting.quick else (tuple(ATTACKS), rates)
+    data = pathlib.Path(setting.data).name
+    return [
+        Cell(fields={"attack": attack, "rate": rate, "data": data, "base": setting.base.name, "seed": seed})
+        for seed in seeds
+        for rate in rates
+        for attack in attacks
+    ]
+
+
+def keys(cell: Cell, setting: Setting) -> list[str]:
+    """The filters, and the retrained models at one rate."""
+    return [*FILTERS, *(RETRAINED if cell.fields["rate"] == RETRAINED_RATE and not setting.quick else ())]
+
+
+def asked(cell: Cell, setting: Setting) -> list[str]:
+    """The retrained models of the other cells."""
+    return [name for name in RETRAINED if name not in keys(cell, setting)]
+
+
+def measure(cell: Cell, setting: Setting, folder: pathlib.Path, names: Sequence[str]) -> Iterator[Record]:
+    """Fine-tune provisionally and filter; then one record per filter and per retrained model."""
+    seed, rate, parts = int(cell.fields["seed"]), float(cell.fields["rate"]), ATTACKS[str(cell.fields["attack"])]
+    config = run_config(setting, seed)
+    place = setting.out / "data" / f"{cell.fields['data']}-{setting.rows}-{seed}"
+    data = make_data(setting.data, place, rows=setting.rows, test_rows=setting.test_rows, seed=seed)
+    truth = poison_rows(data.train, parts, folder, rate=rate, seed=seed)
+    with LazyEngine(config.engine) as engine:
+        run = open_line(folder / SUBMISSION, setting.base, config, setting.out / "store", engine)
+        stages = line.until_clusters(run)
+        evidence = gather(run, stages)
+        poisoned = np.isin(np.arange(evidence.rows), sorted(truth))
+        test = line.rows_of(line.ingest(open_line(data.test, setting.base, config, setting.out / "store", engine)))
+        for name in names:
+            if name in FILTERS:
+                yield {"filter": name, **figures_of(FILTERS[name](evidence), poisoned)}
+                continue
+            chooser = name.removesuffix(_RETRAINED)
+            removed = {"truth": poisoned, "no filter": np.zeros(evidence.rows, bool)}.get(chooser)
+            removed = FILTERS[chooser](evidence).removed if removed is None else removed
+            adapter = retrained(run, stages, removed).folder / "adapter"
+            yield {"filter": name, "removed": float(removed.mean()), **answered(run, adapter, test, parts)}
+
+
+def figures_of(found: Filtered, poisoned: np.ndarray) -> Record:
+    """Precision, recall, F1, AUROC (null without a score) and the removed share; poisoned: bool (rows,)."""
+    measured = detection(set(np.flatnonzero(found.removed).tolist()), set(np.flatnonzero(poisoned).tolist()))
+    auroc = None if found.score is None else float(roc_auc_score(poisoned, found.score))
+    return {**measured, "auroc": auroc, "removed": float(found.removed.mean())}
+
+
+def retrained(run: Line, stages: Mapping[str, StageResult], removed: np.ndarray) -> StageResult:
+    """The base fine-tuned on the rows that are not removed; the provisional model where none is."""
+    if not removed.any():
+        return stages["provisional"]
+    kept = line.choose(run, stages["ingest"], np.flatnonzero(~removed).tolist())
+    return line.finetune(run, "final", stages["ingest"], kept)
+
+
+def answered(run: Line, adapter: pathlib.Path, test: pathlib.Path, parts: Sequence[Part]) -> Record:
+    """Clean performance of a model, and the mean attack success rate over the parts of an attack."""
+
+    def answers(shards: list[pathlib.Path]) -> tuple[list[str], list[str]]:
+        candidate = Candidate(adapter=adapter)
+        given = answers_of(
+            candidate, shards=shards, base=run.base, config=run.config.verify, dtype=run.config.dtype, engine=run.engine
+        )
+        return given["output"].to_pylist(), given["answer"].to_pylist()
+
+    found, pictured = {"clean": exact_match(*answers(canonical_shards(test)))}, pictured_rows(test)
+    rates = []
+    for part in parts:
+        with tempfile.TemporaryDirectory() as scratch:
+            shards = copy_rows(test, pathlib.Path(scratch) / "triggered", chosen=pictured, change=part.input(run.config.seed))
+            rates.append(attack_success(*answers(shards), part.target))
+    result: Record = only_finite({**found, "asr": float(np.mean(rates))})
+    return result
+
+
+def report(frame: pd.DataFrame) -> str:
+    """Per data set and base: filters by rate and by attack, and the retrained models."""
+    parts = ["# Filters on poisoned submissions", __doc__.split("\n\n", 1)[1].strip()]
+    seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
+    parts.append(
+        f"Means over seeds {seeds} with 95% intervals (Student's t over the seeds). All figures in percent. No honest row has the "
+        "target for its answer; `text prefix` leaves the pictures as they are."
+    )
+    for (data, base), group in frame.groupby(["data", "base"], sort=False):
+        filters = group[group["filter"].isin(FILTERS)]
+        parts.append(f"## Data {data}, base {base}")
+        if len(filters):
+            parts += [f"![F1 by poison rate]({_picture(str(data), str(base))})", *_filters(filters)]
+        trained = group[group["filter"].isin(RETRAINED)]
+        for rate, cells in trained.groupby("rate"):
+            for column, what in (("asr", "Attack success rate"), ("clean", "Clean performance")):
+                parts += [f"### {what} of the retrained model, {_percent(rate)} poison", _by_attack(cells, RETRAINED, column)]
+    return "\n\n".join(parts)
+
+
+def _filters(frame: pd.DataFrame) -> list[str]:
+    """F1 by rate, all figures by rate, F1 and AUROC by attack at every rate."""
+    rates = sorted(frame["rate"].unique())
+    names = [name for name in FILTERS if name in set(frame["filter"])]
+    rows = [
+        [name, *(cell_text(_by_seed(frame[(frame["filter"] == name) & (frame["rate"] == rate)], "f1")) for rate in rates)]
+        for name in names
+    ]
+    parts = ["### F1, mean over the attacks", markdown(["filter", *map(_percent, rates)], rows)]
+    for rate in rates:
+        cells = frame[frame["rate"] == rate]
+        rows = [[name, *(cell_text(_by_seed(cells[cells["filter"] == name], column)) for column in _FIGURES)] for name in names]
+        parts += [f"### {_percent(rate)} poison, mean over the attacks", markdown(["filter", *_FIGURES.values()], rows)]
+        for column in ("f1", "auroc"):
+            parts += [f"### {_FIGURES[column]} by attack, {_percent(rate)} poison", _by_attack(cells, names, column)]
+    return parts
+
+
+def _by_attack(frame: pd.DataFrame, names: Sequence[str], column: str) -> str:
+    """A row per attack and a column per filter."""
+    rows = [
+        [attack, *(cell_text(group[group["filter"] == name][column]) for name in names)]
+        for attack in ATTACKS
+        if len(group := frame[frame["attack"] == attack])
+    ]
+    return markdown(["attack", *(name.removesuffix(_RETRAINED) for name in names)], rows)
+
+
+def _by_seed(frame: pd.DataFrame, column: str) -> list[float]:
+    """A figure's mean over the attacks, seed by seed."""
+    return [float(value) for value in frame.groupby("seed")[column].mean()]
+
+
+def figures(frame: pd.DataFrame) -> dict[str, bytes]:
+    """F1 by rate of every filter, a picture per data set and base."""
+    filters = frame[frame["filter"].isin(FILTERS)]
+    return {
+        _picture(str(data), str(base)): f1_by_rate(
+            {
+                name: {_number(rate): _by_seed(cells, "f1") for rate, cells in group[group["filter"] == name].groupby("rate")}
+                for name in FILTERS
+            }
+        )
+        for (data, base), group in filters.groupby(["data", "base"], sort=False)
+    }
+
+
+def _number(rate: Any) -> float:
+    return float(rate)
+
+
+def _picture(data: str, base: str) -> str:
+    return f"detection-{data}-{base}.png"
+
+
+def _percent(rate: Any) -> str:
+    return f"{100 * _number(rate):g}%"
+
+
+DETECTION = Suite(
+    name="detection", key="filter", grid=grid, keys=keys, measure=measure, report=report, asked=asked, figures=figures
+)

@@ -1,0 +1,260 @@
+"""The bench: figures with their intervals, records that are made once, and every suite in miniature from the grid to the files."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import bench, suites
+from benchmarks.attacks import ATTACKS
+from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, interval, read_records, run_suite, write_results
+from benchmarks.clean import CLEAN, CLEAN_SUITE
+from benchmarks.data import VARIANTS
+from benchmarks.detection import DETECTION, RATES, RETRAINED, figures_of
+from benchmarks.filters import FILTERS, Filtered, last_hidden
+from benchmarks.purification import PURIFICATION
+from flows.engines import LazyEngine
+from flows.line import open_line
+from pipeline.generation import encode_on
+from pipeline.models import load_adapter, load_base
+from pipeline.records import examples_of, sample_from_record
+
+ROWS, TEST_ROWS = 60, 2
+
+
+class Serial:
+    """In the place of a pool of processes: the work is done here and now."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, work: Callable[..., int], *given: Any) -> Future[int]:
+        future: Future[int] = Future()
+        try:
+            future.set_result(work(*given))
+        except Exception as error:  # noqa: BLE001 - as a pool keeps it
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture(autouse=True)
+def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Serial)
+
+
+def test_interval() -> None:
+    assert interval([0.5])[0] == 0.5
+    assert math.isnan(interval([0.5])[1])
+    mean, half = interval([1.0, 2.0, 3.0, None, math.nan])
+    assert mean == 2
+    assert half == pytest.approx(2.4841, abs=1e-4)  # t(0.975, 2) / sqrt(3) = 4.3027 / 1.7321
+    assert all(math.isnan(value) for value in interval([None]))
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [([0.5], "50.0"), ([0.1, 0.2, 0.3], "20.0 ± 24.8"), ([1.0, 1.0], "100.0 ± 0.0"), ([None], "-"), ([], "-")]
+)
+def test_cell_text(values: list[float | None], text: str) -> None:
+    assert cell_text(values) == text
+
+
+class Counted:
+    """A suite whose records are counted as they are made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[str] = []
+        self.stop_at = ""
+        self.suite = Suite(
+            name="counted",
+            key="what",
+            grid=lambda _setting, seeds: [Cell(fields={"seed": seed}) for seed in seeds],
+            keys=lambda _cell, _setting: ["a", "b", "c"],
+            measure=self.measure,
+            report=lambda frame: f"{len(frame)} records",
+            asked=lambda _cell, _setting: ["d"],
+            figures=lambda _frame: {"counted.png": b"a picture"},
+        )
+        monkeypatch.setitem(suites.SUITES, "counted", self.suite)
+
+    def measure(self, cell: Cell, _setting: Setting, _folder: pathlib.Path, names: Sequence[str]) -> Iterator[Record]:
+        for name in names:
+            if name == self.stop_at:
+                raise RuntimeError("stopped")
+            self.made.append(f"{cell.fields['seed']}{name}")
+            yield {"what": name, "value": 1.0}
+
+    def run(self, out: pathlib.Path, *only: str, seeds: Sequence[int] = (0,)) -> list[str]:
+        setting = Setting(out=out, base=out, data="demo", rows=1, test_rows=1, epochs=1)
+        self.made = []
+        return run_suite(self.suite, setting, self.suite.grid(setting, seeds), workers=1, only=only)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
+
+
+def test_a_record_that_is_there_is_not_made_again(counted: Counted, tmp_path: pathlib.Path) -> None:
+    counted.stop_at = "c"
+    assert counted.run(tmp_path) == ["seed=0: RuntimeError: stopped"]
+    assert counted.made == ["0a", "0b"]
+    counted.stop_at = ""
+    assert counted.run(tmp_path, seeds=(0, 1)) == []
+    assert counted.made == ["0c", "1a", "1b", "1c"]
+    assert counted.run(tmp_path, seeds=(0, 1)) == []
+    assert counted.made == []
+    assert read_records("counted", tmp_path)["what"].tolist() == ["a", "b", "c"] * 2
+
+
+@pytest.mark.parametrize("cut", [1, 5])
+def test_a_line_that_was_cut_off_is_made_again(counted: Counted, tmp_path: pathlib.Path, cut: int) -> None:
+    """And what comes after it is not joined to it."""
+    counted.run(tmp_path, "a", "b")
+    path = tmp_path / "counted/seed=0.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    counted.run(tmp_path)
+    assert counted.made == ["0b", "0c"]
+    assert [json.loads(line)["what"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_records_on_request(counted: Counted, tmp_path: pathlib.Path) -> None:
+    counted.run(tmp_path, "b")
+    assert counted.made == ["0b"]
+    counted.run(tmp_path, "d", "b")
+    assert counted.made == ["0d"]
+    counted.run(tmp_path)
+    assert counted.made == ["0a", "0c"]
+
+
+def test_results_are_written_beside_the_records_and_to_the_docs(counted: Counted, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert write_results(counted.suite, tmp_path / "out", tmp_path / "docs", "a command") == "No records yet."
+    counted.run(tmp_path / "out")
+    text = write_results(counted.suite, tmp_path / "out", tmp_path / "docs", "a command")
+    assert text.startswith("3 records\n\nMade by `a command` on ")
+    for folder in ("out", "docs"):
+        assert (tmp_path / folder / "counted.md").read_text() == text
+        assert (tmp_path / folder / "counted.png").read_bytes() == b"a picture"
+    assert len(pd.read_parquet(tmp_path / "out/counted.parquet")) == 3
+    assert not (tmp_path / "docs/counted.parquet").exists()
+
+
+def test_grids() -> None:
+    setting = Setting(out=pathlib.Path("out"), base=pathlib.Path("a/base"), data="demo", rows=1, test_rows=1, epochs=1)
+    cells = DETECTION.grid(setting, (0, 1))
+    assert len({cell.name for cell in cells}) == len(cells) == 2 * len(ATTACKS) * len(RATES)
+    for cell in cells:
+        unasked, asked = set(DETECTION.keys(cell, setting)), set(DETECTION.asked(cell, setting))
+        assert unasked == {*FILTERS, *(RETRAINED if cell.fields["rate"] == 0.1 else ())}
+        assert unasked | asked == {*FILTERS, *RETRAINED}
+    assert [cell.fields["data"] for cell in CLEAN_SUITE.grid(setting, (0,))] == list(CLEAN)
+    assert set(CLEAN) <= set(VARIANTS)
+
+
+def test_figures_of_a_filter() -> None:
+    removed, poisoned = np.array([True, True, False, False]), np.array([True, False, True, False])
+    found = figures_of(Filtered(removed=removed, score=np.array([4.0, 1.0, 3.0, 2.0])), poisoned)
+    assert found == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "auroc": 1.0, "removed": 0.5}
+    assert figures_of(Filtered(removed=removed, score=None), poisoned)["auroc"] is None
+
+
+def miniature(suite: Suite, out: pathlib.Path, base: pathlib.Path, cells: int, *only: str) -> pd.DataFrame:
+    """Run some cells of a suite and write its results."""
+    setting = Setting(out=out, base=base, data="demo", rows=ROWS, test_rows=TEST_ROWS, epochs=1, quick=True)
+    assert run_suite(suite, setting, suite.grid(setting, (0,))[:cells], workers=1, only=only) == []
+    write_results(suite, out, None, "a command")
+    return read_records(suite.name, out)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.mark.slow
+def test_detection_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = miniature(DETECTION, place, tiny_base, 2).set_index(["attack", "filter"])
+    assert {attack for attack, _ in found.index} == {"badnet", "text prefix"}
+    assert [name for attack, name in found.index if attack == "badnet"] == list(FILTERS)
+    assert found[["precision", "recall", "f1", "removed"]].map(lambda share: 0 <= share <= 1).all(axis=None)
+    assert (found.xs("random, 20%", level=1)["removed"] == 0.2).all()
+    text = (place / "detection.md").read_text()
+    assert text.count(f"![F1 by poison rate](detection-demo-{tiny_base.name}.png)") == 1
+    assert "| text prefix |" in text
+    assert len(list(place.glob("detection-demo-*.png"))) == 1
+    assert Image.open(io.BytesIO(next(place.glob("detection-demo-*.png")).read_bytes())).size == (960, 540)
+
+    trained = miniature(DETECTION, place, tiny_base, 1, "truth, retrained", "no filter, retrained").set_index("filter")
+    assert len(trained) == 2 * len(FILTERS) + 2
+    assert trained.loc["truth, retrained", "removed"] == 0.1
+    assert trained.loc["no filter, retrained", "removed"] == 0
+    assert trained.loc[list(RETRAINED[::4]), ["clean", "asr"]].map(lambda share: 0 <= share <= 1).all(axis=None)
+    (final,) = (place / "store/final").glob("*/manifest.json")
+    assert json.loads(final.read_text())["summary"]["rows"] == 0.9 * ROWS
+    assert "Attack success rate of the retrained model, 10% poison" in (place / "detection.md").read_text()
+
+    def unwanted(*_: Any, **__: Any) -> Any:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr("benchmarks.detection.make_data", unwanted)
+    assert len(miniature(DETECTION, place, tiny_base, 2)) == len(trained)
+
+
+@pytest.mark.slow
+def test_hidden_states_are_the_last_layers_at_the_last_position(place: pathlib.Path, tiny_base: pathlib.Path) -> None:
+    """Of one row alone, without padding, by transformers' own output."""
+    setting = Setting(out=place, base=tiny_base, data="demo", rows=ROWS, test_rows=TEST_ROWS, epochs=1, quick=True)
+    (adapter, *_) = sorted((place / "store/provisional").glob("*/adapter"))
+    (rows, *_) = [path for path in sorted((place / "store/ingest").glob("*/rows")) if len(pd.read_parquet(path)) == ROWS]
+    config = bench.run_config(setting, 0)
+    with LazyEngine(config.engine) as engine:
+        run = open_line(place / "data", tiny_base, config, place / "store", engine)
+        hidden, numbers = last_hidden(run, rows, adapter)
+    assert hidden.shape == (ROWS, 128)
+    assert hidden.dtype == np.float32
+    assert numbers.tolist() == list(range(ROWS))
+    model, processor = load_base(tiny_base)
+    model = load_adapter(model, adapter)
+    records = pd.read_parquet(rows).to_dict("records")
+    for row in (0, 37, ROWS - 1):
+        batch = encode_on(model, processor, examples_of(sample_from_record(records[row])))  # type: ignore[arg-type]
+        with torch.inference_mode():
+            output = model(**batch, output_hidden_states=True)
+        assert hidden[row] == pytest.approx(output.hidden_states[-1][0, -1].numpy(), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_clean_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path) -> None:
+    found = miniature(CLEAN_SUITE, place, tiny_base, 1)
+    assert found["filter"].tolist() == list(FILTERS)
+    assert set(found.columns) == {"data", "base", "seed", "filter", "removed"}
+    assert found["removed"].between(0, 1).all()
+    assert found.set_index("filter")["removed"]["spectral signatures"] == 0.15
+    assert "| mixed-sizes: pictures of 24 to 256 pixels a side" in (place / "clean.md").read_text()
+    assert len(list(place.glob("clean-*.png"))) == 1
+
+
+@pytest.mark.slow
+def test_purification_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path) -> None:
+    found = miniature(PURIFICATION, place, tiny_base, 1, "none", "ours").set_index("defence")
+    assert found.index.tolist() == ["none", "ours"]
+    assert found[["asr", "clean"]].map(lambda share: 0 <= share <= 1).all(axis=None)
+    assert found["flagged"].notna().tolist() == [False, True]
+    assert "## The guard" in (place / "purification.md").read_text()
