@@ -15,6 +15,7 @@ from stages.guard.calibrate import (
     conformal_quantile,
     familiar_tokens,
     fit_reference,
+    late_layer,
     layer_thresholds,
     rate_interval,
     transfer_threshold,
@@ -283,6 +284,26 @@ THRESHOLDS: dict[str, tuple[list[float], float]] = {
 def test_transfer_threshold(name: str) -> None:
     shares, expected = THRESHOLDS[name]
     assert transfer_threshold(np.random.default_rng(0).permutation(np.array(shares, dtype=np.float64))) == expected
+
+
+CHANGED: dict[str, tuple[list[list[float]], int | None]] = {
+    "pictures are read early": ([[1, 0.5, 0, 0]] * 20, 4),
+    "a few still change": ([[1, 1, 0.04, 0]] * 25, 4),
+    "too many do": ([[1, 1, 0.06, 0.05]] * 100, 6),
+    "up to the end": ([[1, 1, 1, 0.06]] * 100, None),
+    "a layer in between": ([[1, 0, 0.5, 0]] * 20, 6),
+    "not from the first": ([[0, 0, 0, 0]] * 20, 2),
+    "too few rows": ([[1, 0, 0, 0]] * 19, None),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_late_layer(name: str) -> None:
+    """Shares of rows that change, per layer."""
+    shares, expected = CHANGED[name]
+    rows = len(shares)
+    changed = np.arange(rows)[:, None] < np.round(np.array(shares[0]) * rows)
+    assert late_layer(changed, (0, 2, 4, 6)) == expected
 
 
 def test_turns_of_one_row_are_held_out_together() -> None:

@@ -50,7 +50,7 @@ def ruled(batches: int = 2) -> Guard:
         }
 
     hosts = tuple(batch(rows) for rows in range(2, 2 + batches))
-    rule = TransferRule(hosts=hosts, distance=1 / 7, familiar=torch.tensor([3, 50, 7]), attended=0.5, whole=2 / 3)
+    rule = TransferRule(hosts=hosts, distance=1 / 7, familiar=torch.tensor([3, 50, 7]), attended=0.5, whole=2 / 3, late=5)
     return dataclasses.replace(guard(), transfer=rule)
 
 
@@ -84,7 +84,7 @@ def test_a_causal_test_survives(tmp_path: pathlib.Path, batches: int) -> None:
     found, made = load_guard(tmp_path, base=BASE, adapter=ADAPTER).transfer, ruled(batches).transfer
     assert found is not None
     assert made is not None
-    assert (found.distance, found.attended, found.whole) == (made.distance, made.attended, made.whole)
+    assert (found.distance, found.attended, found.whole, found.late) == (made.distance, made.attended, made.whole, 5)
     assert torch.equal(found.familiar, made.familiar)
     assert found.familiar.dtype == torch.int64
     assert len(found.hosts) == batches
@@ -207,7 +207,7 @@ DAMAGE: dict[str, tuple[str, Change]] = {
 }
 
 
-LIMITS = {"distance": 2.0, "attended": 0.5, "whole": 0.75}
+LIMITS = {"distance": 2.0, "attended": 0.5, "whole": 0.75, "late": None}
 
 
 def limits_with(**values: Any) -> Change:
@@ -273,10 +273,10 @@ def test_a_causal_test_is_refused(tmp_path: pathlib.Path, name: str) -> None:
 
 def test_limits_at_the_edges(tmp_path: pathlib.Path) -> None:
     save_guard(ruled(), tmp_path)
-    limits_with(attended=0.5, whole=1.0)(tmp_path)
+    limits_with(attended=0.5, whole=1.0, late=1)(tmp_path)
     found = load_guard(tmp_path, base=BASE, adapter=ADAPTER).transfer
     assert found is not None
-    assert (found.attended, found.whole) == (0.5, 1.0)
+    assert (found.attended, found.whole, found.late) == (0.5, 1.0, 1)
 
 
 @pytest.mark.parametrize("name", DAMAGE)

@@ -634,6 +634,44 @@ def test_escalation(
     assert same_scores(found, plain, others)
 
 
+def test_an_input_that_reads_its_picture_late(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is flagged and closed from that layer on, and nothing is planted for it; the other that is suspicious goes on to that."""
+    block = closed_until_it_answers_otherwise(model, mixed, 0, torch.ones(64, dtype=torch.bool))
+    late = int(block.from_layer[0])
+    plain, reference = generated(model, mixed), under_block(model, mixed, block)
+    proven(monkeypatch)
+    with GuardedModel(model, late_detector(), transfer=rule_for(model, mixed, hosts, 0, 3, late=late)) as guarded:
+        with stubborn(model, {3: 7}):
+            found = generated(guarded, mixed)
+        records = guarded.records
+    assert [record.tried for record in records] == [True, False, False, True]
+    assert [(record.late, record.flagged) for record in records] == [(True, True), *[(False, False)] * 3]
+    assert (records[0].tokens_pruned, records[0].rewind_layer) == (64, late)
+    assert math.isnan(records[0].transfer)
+    assert records[3].transfer == 0.25
+    assert torch.equal(found.sequences[0], reference.sequences[0])
+    assert same_scores(found, reference, [0])
+    assert torch.equal(found.sequences[1:3], plain.sequences[1:3])
+    assert same_scores(found, plain, [1, 2])
+
+
+def test_nothing_stays_closed_after_a_test_that_finds_nothing(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proven(monkeypatch)
+    with GuardedModel(model, late_detector(), transfer=rule_for(model, mixed, hosts, 0, late=2)) as guarded:
+        with stubborn(model, {0: 7}) as passes:
+            found = generated(guarded, mixed)
+        assert [record.flagged for record in guarded.records] == [False] * 4
+    with stubborn(model, {0: 7}) as plainly:
+        plain = generated(model, mixed)
+    assert len(passes) == len(plainly) + 1
+    assert torch.equal(found.sequences, plain.sequences)
+    assert same_scores(found, plain, [0, 1, 2, 3])
+
+
 @contextlib.contextmanager
 def stubborn(model: Any, begins: Mapping[int, int]) -> Iterator[list[int]]:
     """Some rows begin with a token, whatever is closed; gives the number of rows of each forward pass."""

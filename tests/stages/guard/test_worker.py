@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.attention import LayerStatistics, Tap, attached, base_of, prompt_regions, reduce_layer, tapped
+from pipeline.attention import Block, LayerStatistics, Tap, attached, base_of, prompt_regions, reduce_layer, tapped
 from pipeline.models import load_adapter, load_base
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, Sample, examples_of, messages_to_json, question_answer
@@ -110,6 +110,27 @@ def plain_vector(model: Any, processor: Any, example: Example) -> tuple[list[flo
         model(**batch)
     vector = feature_vectors(statistics, regions.image.sum(-1), range(LAYERS), FEATURES)[0]
     return vector.tolist(), image_attention(weights, regions.image)[0, regions.image[0]]
+
+
+def test_what_changes_with_the_picture_closed(
+    found: dict[tuple[int, int], dict[str, Any]], model: Any, tiny_model: tuple[Any, Any]
+) -> None:
+    """Each tried example by itself, closed from each layer on."""
+    for key, example in EXAMPLES.items():
+        record = found[key]
+        assert record["count"] == LAYERS
+        if example.row not in TRIED:
+            assert record["changed"] is None
+            continue
+        batch = encode_prompts(tiny_model[1], [example])
+        image = batch["input_ids"] == base_of(model).config.image_token_id
+        first = []
+        for layer in (LAYERS, *range(LAYERS)):
+            block = Block(keys=image, from_layer=torch.tensor([layer]))
+            with attached(model), torch.inference_mode(), tapped(Tap(block=block)):
+                first.append(int(model(**batch).logits[0, -1].argmax()))
+        assert record["changed"] == [token != first[0] for token in first[1:]]
+    assert any(any(record["changed"] or []) for record in found.values())
 
 
 def test_only_examples_with_pictures(found: dict[tuple[int, int], dict[str, Any]], worker: ReferenceWorker) -> None:
