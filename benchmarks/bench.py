@@ -127,7 +127,7 @@ def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers:
     failed = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        running = {pool.submit(_run_cell, suite.name, setting, cell, tuple(only)): cell for cell in cells}
+        running = {pool.submit(_run_cell, suite, setting, cell, tuple(only)): cell for cell in cells}
         for number, future in enumerate(as_completed(running), 1):
             cell = running[future]
             error = future.exception()
@@ -199,12 +199,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run_cell(suite_name: str, setting: Setting, cell: Cell, only: Sequence[str]) -> int:
+def _run_cell(suite: Suite, setting: Setting, cell: Cell, only: Sequence[str]) -> int:
     """Make a cell's missing records; the number of new ones."""
-    from benchmarks.suites import SUITES
-
-    suite = SUITES[suite_name]
-    path = setting.out / suite_name / f"{cell.name}.jsonl"
+    path = setting.out / suite.name / f"{cell.name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     _end_line(path)
     done = {record[suite.key] for record in _read(path)} if path.exists() else set()
