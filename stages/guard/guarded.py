@@ -20,11 +20,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from pipeline.attention import (
     Block,
-    Kept,
     LayerStatistics,
     PromptRegions,
     Tap,
@@ -39,6 +37,7 @@ from pipeline.attention import (
 from pipeline.decoder import attention_layers, is_hybrid
 from pipeline.errors import ByeSightError, ConfigError, ModelError
 from pipeline.models import image_token_id
+from stages.guard.closing import NEVER, Closing, copy_rows, taken_out
 from stages.guard.detector import Detector, feature_vectors
 from stages.guard.files import Guard, dtype_name
 from stages.guard.policy import DEFAULT, Policy
@@ -86,9 +85,6 @@ class _Call:
 
 _UNSEEN = ("pixel_values_videos", "input_features")
 """What processors give for videos and sound."""
-
-_NEVER = torch.iinfo(torch.int64).max
-"""A layer that there is not."""
 
 _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("byesight_guard_call", default=None)
 
@@ -334,7 +330,7 @@ class GuardedModel:
         distances = torch.full(ran.shape, torch.nan, device=image.device)
         transfers = distances.clone()
         flagged, suspicious, late = (torch.zeros_like(ran) for _ in range(3))
-        closing = _Closing.nothing(image)
+        closing = Closing.nothing(image)
         if bool(ran.any()):
             if unseen := [layer for layer in self.detector.layers if layer not in call.statistics]:
                 raise ModelError(f"attention layers {unseen} did not run in the prefill; the guard can't judge it")
@@ -378,7 +374,7 @@ class GuardedModel:
         """Which suspicious inputs begin otherwise with their pictures closed in late layers, bool (batch,); one more prefill."""
         if self.rule is None or self.rule.late is None or call.regions is None or not bool(suspicious.any()):
             return torch.zeros_like(suspicious)
-        call.tap.block = Block(keys=call.regions.image, from_layer=torch.where(suspicious, self.rule.late, _NEVER))
+        call.tap.block = Block(keys=call.regions.image, from_layer=torch.where(suspicious, self.rule.late, NEVER))
         try:
             again = module.forward(**{**kwargs, "past_key_values": copy.deepcopy(call.empty_cache)})
         finally:
@@ -402,7 +398,7 @@ class GuardedModel:
 
     def _closing(
         self, call: _Call, vectors: torch.Tensor, flagged: torch.Tensor, late: torch.Tensor, carried: Mapping[int, Carried]
-    ) -> _Closing:
+    ) -> Closing:
         """What is closed in flagged rows, and from where on."""
         assert call.regions is not None
         image = call.regions.image
@@ -410,7 +406,7 @@ class GuardedModel:
             last = self.detector.layers[-1]
             tokens = published_tokens(call.weights[last], image, self.policy.tau) & flagged[:, None]
             layers = torch.where(tokens.any(-1), last + 1, -1)
-            return _Closing(tokens=tokens, layers=layers, proven=torch.zeros_like(flagged), image=image, fewest=tokens)
+            return Closing(tokens=tokens, layers=layers, proven=torch.zeros_like(flagged), image=image, fewest=tokens)
         deviations = self.detector.deviations(vectors)
         tokens = stealing_tokens(call.weights, image, stealing_heads(self.detector, deviations)) & flagged[:, None]
         proven = torch.zeros_like(flagged)
@@ -427,10 +423,10 @@ class GuardedModel:
         layers = torch.where(proven, self._layers - step, layers)
         if self.rule is not None and self.rule.late is not None:
             tokens, layers = torch.where(late[:, None], image, tokens), torch.where(late, self.rule.late, layers)
-        return _Closing(tokens=tokens, layers=layers, proven=proven, image=image, fewest=tokens, step=step)
+        return Closing(tokens=tokens, layers=layers, proven=proven, image=image, fewest=tokens, step=step)
 
     def _run_again(
-        self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: _Closing, first: torch.Tensor
+        self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: Closing, first: torch.Tensor
     ) -> None:
         """Close tokens, and replace logits, hidden states and cache of their prompts by those of another prefill, in place.
 
@@ -440,90 +436,16 @@ class GuardedModel:
         purified = rows = closing.tokens.any(-1)
         again = None
         while bool(rows.any()):
-            call.tap.block = Block(keys=closing.tokens, from_layer=torch.where(closing.layers >= 0, closing.layers, _NEVER))
+            call.tap.block = closing.block
             again = module.forward(**{**kwargs, "past_key_values": copy.deepcopy(call.empty_cache)})
             rows = closing.widen(rows & (again.logits[:, -1].argmax(-1) == first))
         if again is None:
             return
         if output.past_key_values is not None:
             for old, new in zip(output.past_key_values.layers, again.past_key_values.layers, strict=True):
-                _copy_rows(vars(old), vars(new), purified)
+                copy_rows(vars(old), vars(new), purified)
             if self.policy.pruning == "remove":
-                call.tap.kept = _taken_out(base_of(self.model), output.past_key_values, call.tap.block)
+                call.tap.kept = taken_out(base_of(self.model), output.past_key_values, call.tap.block)
         for old, new in zip(output.get("hidden_states") or (), again.get("hidden_states") or (), strict=True):
             old[purified] = new[purified]
         output.logits[purified] = again.logits[purified]
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Closing:
-    """What is closed in a batch.
-
-    Attributes:
-        tokens: bool (batch, keys).
-        layers: int (batch,), the layer from which they are closed; -1 where nothing is.
-        proven: bool (batch,), whether the tokens are known to carry the answer.
-        image: bool (batch, keys), all that could be closed.
-        fewest: bool (batch, keys), the tokens that it begins with.
-        step: how many layers earlier each look begins.
-    """
-
-    tokens: torch.Tensor
-    layers: torch.Tensor
-    proven: torch.Tensor
-    image: torch.Tensor
-    fewest: torch.Tensor
-    step: int = 1
-
-    @classmethod
-    def nothing(cls, image: torch.Tensor) -> _Closing:
-        """Nothing is closed."""
-        none = torch.zeros_like(image)
-        layers = torch.full(image.shape[:1], -1, device=image.device)
-        return cls(tokens=none, layers=layers, proven=none.any(-1), image=image, fewest=none)
-
-    def widen(self, rows: torch.Tensor) -> torch.Tensor:
-        """Go on in the proven of some rows: the whole picture from the same layer on, then the fewest tokens from an earlier one.
-
-        Args:
-            rows: bool (batch,), those in which too little is closed.
-
-        Returns:
-            bool (batch,), the rows in which more is closed now.
-        """
-        rows = rows & self.proven
-        wider = rows & (self.tokens != self.image).any(-1)
-        earlier = rows & ~wider & (self.layers > 0)
-        self.layers = torch.where(earlier, (self.layers - self.step).clamp(min=0), self.layers)
-        self.tokens = torch.where(wider[:, None], self.image, torch.where(earlier[:, None], self.fewest, self.tokens))
-        return wider | earlier
-
-
-def _taken_out(base: Any, cache: Any, block: Block | None) -> dict[int, Kept]:
-    """Take closed columns out of a cache, in place; by layer, what is left.
-
-    The first layer stays whole, for transformers reads the length of what was said so far from it, and so do layers of fixed size
-    (static caches, sliding windows) and all where layers share theirs: there the columns stay masked.
-    """
-    found: dict[int, Kept] = {}
-    if block is None or getattr(base.config.get_text_config(), "num_kv_shared_layers", None):
-        return found
-    growing = [held for held in cache.layers if type(held) is DynamicLayer]
-    for number, module in enumerate(attention_layers(base)):
-        held, closed = cache.layers[module.layer_idx], block.in_layer(number)
-        if closed is None or held not in growing[1:]:
-            continue
-        kept = Kept.without(closed)
-        if kept.columns.shape[1] < closed.shape[1]:
-            held.keys, held.values = kept.cut(held.keys), kept.cut(held.values)
-            found[number] = kept
-    return found
-
-
-def _copy_rows(old: dict[Any, Any], new: dict[Any, Any], rows: torch.Tensor) -> None:
-    """Copy a batch's rows from one cache layer's state to another's: keys and values, and what layers without attention keep."""
-    for name, value in old.items():
-        if isinstance(value, dict):
-            _copy_rows(value, new[name], rows)
-        elif isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == len(rows):
-            value[rows] = new[name][rows]

@@ -20,8 +20,9 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load_adapter, load_base
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, question_answer
+from stages.guard.closing import Closing
 from stages.guard.detector import FEATURES, Detector, feature_vectors
-from stages.guard.guarded import GuardedModel, RefusedInputError, _Closing
+from stages.guard.guarded import GuardedModel, RefusedInputError
 from stages.guard.policy import Action, Policy
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import GuardRecord
@@ -914,7 +915,7 @@ def test_steps_of_widening() -> None:
     image = torch.tensor([[False, True, True, True]]).repeat(7, 1)
     part = torch.tensor([[False, True, False, False]]).repeat(7, 1)
     part[3], part[6] = image[3], False
-    closing = _Closing(
+    closing = Closing(
         tokens=part.clone(),
         layers=torch.tensor([5, 1, 0, 0, 5, 5, -1]),
         proven=torch.tensor([True, True, True, True, True, False, False]),

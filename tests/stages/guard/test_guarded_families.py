@@ -16,8 +16,9 @@ from pipeline.errors import ModelError
 from pipeline.models import image_token_id
 from stages.extract.table import AttentionTable
 from stages.extract.worker import ExtractWorker, records_to_table
+from stages.guard.closing import Closing, taken_out
 from stages.guard.detector import FEATURES, Detector, feature_vectors
-from stages.guard.guarded import GuardedModel, _Closing, _taken_out
+from stages.guard.guarded import GuardedModel
 from stages.guard.policy import Action, Policy
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.transfer import TransferTest
@@ -193,17 +194,17 @@ def test_taking_tokens_out_of_the_cache_is_masking_them(name: str, monkeypatch: 
     tokens[::2, -5] = seen[::2, -5]
     found: list[dict[int, Kept]] = []
 
-    def close(*_: Any) -> _Closing:
-        return _Closing(
+    def close(*_: Any) -> Closing:
+        return Closing(
             tokens=tokens, layers=torch.ones(len(tokens), dtype=torch.int64), proven=seen[:, 0] & False, image=seen, fewest=tokens
         )
 
     def spy(*args: Any) -> dict[int, Kept]:
-        found.append(_taken_out(*args))
+        found.append(taken_out(*args))
         return found[-1]
 
     monkeypatch.setattr(GuardedModel, "_closing", close)
-    monkeypatch.setattr("stages.guard.guarded._taken_out", spy)
+    monkeypatch.setattr("stages.guard.guarded.taken_out", spy)
     flags = plain_detector(layers=range(FAMILIES[name].attention_layers), heads=HEADS, threshold=1e-6)
     with GuardedModel(built.model, flags) as guarded:
         masked = generated(guarded, built.batch)
