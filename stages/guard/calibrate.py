@@ -19,7 +19,7 @@ Threshold = Literal["cross-validated", "in-sample"]
 LEAST_ROWS = 50
 """Fewer reference rows give no usable 1% threshold."""
 _LEFT_OUT = 0.05
-"""Share of the kept rows that the causal tests' limits do not depend on."""
+"""Share of the kept rows that the threshold of planting does not depend on."""
 _LEAST_KNOWN = 20
 """Fewer kept rows that the test can tell of give it no threshold."""
 
@@ -188,23 +188,22 @@ def transfer_threshold(shares: np.ndarray) -> float:
     return max(MAJORITY, float(np.sort(known)[-1 - left])) if len(known) >= _LEAST_KNOWN else 1.0
 
 
-def late_layer(changed: np.ndarray, layers: Sequence[int]) -> int | None:
+def late_layer(changed: np.ndarray, layers: Sequence[int], rate: float) -> int | None:
     """The first layer from which on kept rows need their pictures no longer.
-
-    The kept rows may hold some of the attack still, so a few of them may.
 
     Args:
         changed: bool (rows, layers), whether a kept row's answer begins otherwise with its picture closed from each layer on.
         layers: the layers, ascending.
+        rate: largest share of the rows that may change. One row may in any case, for the kept rows can hold some of the attack.
 
     Returns:
         A layer after the first; None where too few rows could be tried, or pictures are needed up to the end.
     """
     if len(changed) < _LEAST_KNOWN:
         return None
-    found = None
-    for layer, share in sorted(zip(layers, changed.mean(axis=0), strict=True), reverse=True):
-        if share > _LEFT_OUT or layer == 0:
+    found, most = None, max(1, int(rate * len(changed)))
+    for layer, count in sorted(zip(layers, changed.sum(axis=0), strict=True), reverse=True):
+        if count > most or layer == 0:
             break
         found = layer
     return found

@@ -36,7 +36,7 @@ from stages.guard.worker import ReferenceWorker
 from stages.score.groups import plain_answer
 from storage.subset import copy_rows, pictured_rows
 
-VERSION = 6
+VERSION = 7
 CALIBRATION = "calibration.parquet"
 _BATCH = 32
 _TRIED = 100
@@ -157,14 +157,14 @@ def _rule(reference: pa.Table, fit: Calibration, hosts: list[pathlib.Path], conf
         familiar=torch.from_numpy(familiar_tokens(reference["first_token"].to_numpy(), config.suspicion_rate)),
         attended=transfer_threshold(reference["attended"].to_numpy()),
         whole=transfer_threshold(reference["whole"].to_numpy()),
-        late=_late(reference),
+        late=_late(reference, config.false_positive_rate),
     )
 
 
-def _late(reference: pa.Table) -> int | None:
+def _late(reference: pa.Table, rate: float) -> int | None:
     """The layer from which the tried kept rows need their pictures no longer."""
     changed = [row for row in reference["changed"].to_pylist() if row is not None]
-    return late_layer(np.asarray(changed, dtype=bool), closing_layers(reference["count"][0].as_py())) if changed else None
+    return late_layer(np.asarray(changed, dtype=bool), closing_layers(reference["count"][0].as_py()), rate) if changed else None
 
 
 def _write_hosts(

@@ -288,8 +288,9 @@ def test_transfer_threshold(name: str) -> None:
 
 CHANGED: dict[str, tuple[list[list[float]], int | None]] = {
     "pictures are read early": ([[1, 0.5, 0, 0]] * 20, 4),
-    "a few still change": ([[1, 1, 0.04, 0]] * 25, 4),
-    "too many do": ([[1, 1, 0.06, 0.05]] * 100, 6),
+    "one still changes": ([[1, 1, 0.04, 0]] * 25, 4),
+    "a share of many does": ([[1, 1, 0.02, 0.02]] * 200, 4),
+    "too many do": ([[1, 1, 0.03, 0.02]] * 200, 6),
     "up to the end": ([[1, 1, 1, 0.06]] * 100, None),
     "a layer in between": ([[1, 0, 0.5, 0]] * 20, 6),
     "not from the first": ([[0, 0, 0, 0]] * 20, 2),
@@ -303,7 +304,7 @@ def test_late_layer(name: str) -> None:
     shares, expected = CHANGED[name]
     rows = len(shares)
     changed = np.arange(rows)[:, None] < np.round(np.array(shares[0]) * rows)
-    assert late_layer(changed, (0, 2, 4, 6)) == expected
+    assert late_layer(changed, (0, 2, 4, 6), 0.02) == expected
 
 
 def test_turns_of_one_row_are_held_out_together() -> None:
