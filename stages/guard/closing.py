@@ -23,16 +23,19 @@ class Closing:
         tokens: bool (batch, keys).
         layers: int (batch,), the layer from which they are closed; -1 where nothing is.
         proven: bool (batch,), whether the tokens are known to carry the answer.
+        begun: bool (batch,), in which of these the last layers are tried; the others begin with the layer that they have.
         image: bool (batch, keys), all that could be closed.
         fewest: bool (batch, keys), the tokens that it begins with.
-        step: how many layers earlier each look begins.
+        last, step: the last layer that is tried, and how many layers earlier each next one lies.
     """
 
     tokens: torch.Tensor
     layers: torch.Tensor
     proven: torch.Tensor
+    begun: torch.Tensor
     image: torch.Tensor
     fewest: torch.Tensor
+    last: int = 0
     step: int = 1
 
     @property
@@ -45,10 +48,13 @@ class Closing:
         """Nothing is closed."""
         none = torch.zeros_like(image)
         layers = torch.full(image.shape[:1], -1, device=image.device)
-        return cls(tokens=none, layers=layers, proven=none.any(-1), image=image, fewest=none)
+        rows = none.any(-1)
+        return cls(tokens=none, layers=layers, proven=rows, begun=rows, image=image, fewest=none)
 
     def widen(self, rows: torch.Tensor) -> torch.Tensor:
-        """Go on in the proven of some rows: the whole picture from the same layer on, then the fewest tokens from an earlier one.
+        """Go on in the proven of some rows, from the last layer to the first: the fewest tokens, then the whole picture.
+
+        What a prompt has read of its picture before stays, so late closings do the least harm to the right answer.
 
         Args:
             rows: bool (batch,), those in which too little is closed.
@@ -57,11 +63,14 @@ class Closing:
             bool (batch,), the rows in which more is closed now.
         """
         rows = rows & self.proven
-        wider = rows & (self.tokens != self.image).any(-1)
-        earlier = rows & ~wider & (self.layers > 0)
+        begun = rows & self.begun
+        wider = begun & (self.tokens != self.image).any(-1)
+        earlier = begun & ~wider & (self.layers > 0)
         self.layers = torch.where(earlier, (self.layers - self.step).clamp(min=0), self.layers)
         self.tokens = torch.where(wider[:, None], self.image, torch.where(earlier[:, None], self.fewest, self.tokens))
-        return wider | earlier
+        begins = rows & ~self.begun
+        self.layers, self.begun = torch.where(begins, self.last, self.layers), self.begun | begins
+        return wider | earlier | begins
 
 
 def taken_out(base: Any, cache: Any, block: Block | None) -> dict[int, Kept]:

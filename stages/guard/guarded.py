@@ -336,17 +336,17 @@ class GuardedModel:
                 raise ModelError(f"attention layers {unseen} did not run in the prefill; the guard can't judge it")
             vectors = feature_vectors(call.statistics, image.sum(-1), self.detector.layers, self.detector.features)
             distances = self.detector.distances(vectors)
-            flagged = ran & ~(distances <= self.detector.threshold)
+            far = ran & ~(distances <= self.detector.threshold)
             first = output.logits[:, -1].argmax(-1)
             suspicious = torch.zeros_like(ran) if self.rule is None else ran & self.rule.suspicious(distances, first)
-            late = self._reads_late(call, module, kwargs, suspicious, first)
+            late = self._reads_late(call, module, kwargs, suspicious & ~far, first)
             carried = self._carried(call, suspicious & ~late, first)
-            flagged |= late
+            flagged = far | late
             for k, found in carried.items():
                 transfers[k : k + call.beams] = found.share
                 flagged[k : k + call.beams] |= found.tokens is not None
             if self.policy.action == "purify" and bool(flagged.any()):
-                closing = self._closing(call, vectors, flagged, late, carried)
+                closing = self._closing(call, vectors, far, late, carried)
                 self._run_again(call, module, kwargs, output, closing, first)
         milliseconds = 1000 * (call.seconds + time.perf_counter() - started)
         call.records = [
@@ -397,19 +397,20 @@ class GuardedModel:
         return found
 
     def _closing(
-        self, call: _Call, vectors: torch.Tensor, flagged: torch.Tensor, late: torch.Tensor, carried: Mapping[int, Carried]
+        self, call: _Call, vectors: torch.Tensor, far: torch.Tensor, late: torch.Tensor, carried: Mapping[int, Carried]
     ) -> Closing:
-        """What is closed in flagged rows, and from where on."""
+        """What is closed in flagged rows, and from where on; where the attention is far from usual, its first such layer is."""
         assert call.regions is not None
         image = call.regions.image
         if self.policy.purification == "published":
             last = self.detector.layers[-1]
-            tokens = published_tokens(call.weights[last], image, self.policy.tau) & flagged[:, None]
+            tokens = published_tokens(call.weights[last], image, self.policy.tau) & far[:, None]
             layers = torch.where(tokens.any(-1), last + 1, -1)
-            return Closing(tokens=tokens, layers=layers, proven=torch.zeros_like(flagged), image=image, fewest=tokens)
+            nothing = torch.zeros_like(far)
+            return Closing(tokens=tokens, layers=layers, proven=nothing, begun=nothing, image=image, fewest=tokens)
         deviations = self.detector.deviations(vectors)
-        tokens = stealing_tokens(call.weights, image, stealing_heads(self.detector, deviations)) & flagged[:, None]
-        proven = torch.zeros_like(flagged)
+        tokens = stealing_tokens(call.weights, image, stealing_heads(self.detector, deviations)) & far[:, None]
+        proven = torch.zeros_like(far)
         for k, found in carried.items():
             if found.tokens is not None:
                 chosen = torch.zeros_like(image[k])
@@ -417,21 +418,29 @@ class GuardedModel:
                 rows = slice(k, k + call.beams)
                 tokens[rows], proven[rows] = chosen, True
         layers = torch.where(tokens.any(-1), rewind_layers(self.detector, deviations), -1)
-        blind = flagged & ~tokens.any(-1)  # no head concentrates, or the statistics are not numbers
+        blind = far & ~tokens.any(-1)  # no head concentrates, or the statistics are not numbers
         tokens, layers = torch.where(blind[:, None], image, tokens), torch.where(blind, 0, layers)
-        step = max(1, self._layers // STEPS)
-        layers = torch.where(proven, self._layers - step, layers)
+        begun, step = proven & ~far, max(1, self._layers // STEPS)
+        layers = torch.where(begun, self._layers - step, layers)
         if self.rule is not None and self.rule.late is not None:
             tokens, layers = torch.where(late[:, None], image, tokens), torch.where(late, self.rule.late, layers)
-        return Closing(tokens=tokens, layers=layers, proven=proven, image=image, fewest=tokens, step=step)
+        return Closing(
+            tokens=tokens,
+            layers=layers,
+            proven=proven,
+            begun=begun,
+            image=image,
+            fewest=tokens,
+            last=self._layers - step,
+            step=step,
+        )
 
     def _run_again(
         self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: Closing, first: torch.Tensor
     ) -> None:
         """Close tokens, and replace logits, hidden states and cache of their prompts by those of another prefill, in place.
 
-        An input whose picture is proven to carry its answer is closed from the last layers on, then from earlier ones, until its
-        answer begins otherwise: what the prompt has read of its picture before stays.
+        An input whose picture is proven to carry its answer is closed on until its answer begins otherwise (`Closing.widen`).
         """
         purified = rows = closing.tokens.any(-1)
         again = None
