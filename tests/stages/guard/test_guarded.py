@@ -544,15 +544,21 @@ def proven(monkeypatch: pytest.MonkeyPatch, *tokens: int) -> None:
     monkeypatch.setattr(TransferTest, "carried", carried)
 
 
-def closed_until_it_answers_otherwise(model: Any, batch: Batch, row: int, tokens: torch.Tensor) -> Block:
-    """What is to be closed of one row, found by plain prefills: from the last layer on, then ever earlier; some, or its picture."""
+def closed_until_it_answers_otherwise(
+    model: Any, batch: Batch, row: int, tokens: torch.Tensor, rewind: tuple[int, ...] = ()
+) -> Block:
+    """What is to be closed of one row, found by plain prefills: from the last layer on, then ever earlier; some, or its picture.
+
+    Some from the rewind layer before all that, if there is one.
+    """
     first = first_tokens(model, batch)
     image = batch["input_ids"] == base_of(model).config.image_token_id
     only = (torch.arange(len(image)) == row)[:, None]
     part = torch.zeros_like(image)
     part[row, image[row]] = tokens
     with attached(model):
-        for keys, start in ((keys, start) for start in reversed(range(LAYERS)) for keys in (part, image & only)):
+        late = [(keys, start) for start in reversed(range(LAYERS)) for keys in (part, image & only)]
+        for keys, start in [*((part, layer) for layer in rewind), *late]:
             block = Block(keys=keys, from_layer=torch.where(only[:, 0], start, NEVER))
             with tapped(Tap(block=block)):
                 if first_tokens(model, batch)[row] != first[row]:
@@ -734,7 +740,7 @@ def test_proven_tokens_take_the_place_of_stealing_ones(
     proven(monkeypatch, *chosen)
     tokens = torch.zeros(64, dtype=torch.bool)
     tokens[chosen] = True
-    block = closed_until_it_answers_otherwise(model, mixed, 0, tokens)
+    block = closed_until_it_answers_otherwise(model, mixed, 0, tokens, rewind=(0,))
     with GuardedModel(model, detector, transfer=rule_for(model, mixed, hosts, 0)) as guarded:
         found = generated(guarded, mixed)
         assert guarded.records[0].tokens_pruned == block.keys.sum()
@@ -911,29 +917,32 @@ def test_bfloat16_with_a_causal_test(tiny_base: pathlib.Path, mixed: Batch, host
 
 
 def test_steps_of_widening() -> None:
-    """Rows: proven from layer 5, from 1, from 0, at the end, not asked for; one that is not proven; one where nothing is closed."""
-    image = torch.tensor([[False, True, True, True]]).repeat(7, 1)
-    part = torch.tensor([[False, True, False, False]]).repeat(7, 1)
-    part[3], part[6] = image[3], False
+    """Rows: begun at layer 5, at 1, at 0, at the end, with a layer of its own; not asked for, not proven, nothing closed."""
+    image = torch.tensor([[False, True, True, True]]).repeat(8, 1)
+    part = torch.tensor([[False, True, False, False]]).repeat(8, 1)
+    part[3], part[7] = image[3], False
     closing = Closing(
         tokens=part.clone(),
-        layers=torch.tensor([5, 1, 0, 0, 5, 5, -1]),
-        proven=torch.tensor([True, True, True, True, True, False, False]),
+        layers=torch.tensor([5, 1, 0, 0, 2, 5, 5, -1]),
+        proven=torch.tensor([True, True, True, True, True, True, False, False]),
+        begun=torch.tensor([True, True, True, True, False, True, True, False]),
         image=image,
         fewest=part,
+        last=5,
         step=2,
     )
-    rows = torch.tensor([True, True, True, True, False, True, False])
+    rows = torch.tensor([True, True, True, True, True, False, True, False])
     steps = [
-        ([5, 1, 0, 0, 5, 5, -1], [1, 1, 1, 3, 1, 1, 0], [1, 1, 1, 1, 0, 1, 0]),
-        ([5, 1, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]),
-        ([3, 0, 0, 0, 5, 5, -1], [1, 1, 3, 3, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0]),
-        ([3, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0]),
-        ([1, 0, 0, 0, 5, 5, -1], [1, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]),
-        ([1, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]),
-        ([0, 0, 0, 0, 5, 5, -1], [1, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]),
-        ([0, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]),
-        ([0, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0]),
+        ([5, 1, 0, 0, 2, 5, 5, -1], [1, 1, 1, 3, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 1, 0]),
+        ([5, 1, 0, 0, 5, 5, 5, -1], [3, 3, 3, 3, 1, 1, 1, 0], [1, 1, 1, 0, 1, 0, 0, 0]),
+        ([3, 0, 0, 0, 5, 5, 5, -1], [1, 1, 3, 3, 3, 1, 1, 0], [1, 1, 0, 0, 1, 0, 0, 0]),
+        ([3, 0, 0, 0, 3, 5, 5, -1], [3, 3, 3, 3, 1, 1, 1, 0], [1, 1, 0, 0, 1, 0, 0, 0]),
+        ([1, 0, 0, 0, 3, 5, 5, -1], [1, 3, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 1, 0, 0, 0]),
+        ([1, 0, 0, 0, 1, 5, 5, -1], [3, 3, 3, 3, 1, 1, 1, 0], [1, 0, 0, 0, 1, 0, 0, 0]),
+        ([0, 0, 0, 0, 1, 5, 5, -1], [1, 3, 3, 3, 3, 1, 1, 0], [1, 0, 0, 0, 1, 0, 0, 0]),
+        ([0, 0, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 1, 1, 1, 0], [1, 0, 0, 0, 1, 0, 0, 0]),
+        ([0, 0, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 3, 1, 1, 0], [0, 0, 0, 0, 1, 0, 0, 0]),
+        ([0, 0, 0, 0, 0, 5, 5, -1], [3, 3, 3, 3, 3, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 0]),
     ]
     for number, (layers, tokens, wider) in enumerate(steps):
         if number:
@@ -942,4 +951,4 @@ def test_steps_of_widening() -> None:
         assert closing.tokens.sum(-1).tolist() == tokens
         assert rows.int().tolist() == wider
     assert torch.equal(closing.tokens[0], image[0])
-    assert torch.equal(closing.tokens[4], part[4])
+    assert torch.equal(closing.tokens[5], part[5])

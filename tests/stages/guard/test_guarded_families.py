@@ -196,7 +196,12 @@ def test_taking_tokens_out_of_the_cache_is_masking_them(name: str, monkeypatch: 
 
     def close(*_: Any) -> Closing:
         return Closing(
-            tokens=tokens, layers=torch.ones(len(tokens), dtype=torch.int64), proven=seen[:, 0] & False, image=seen, fewest=tokens
+            tokens=tokens,
+            layers=torch.ones(len(tokens), dtype=torch.int64),
+            proven=seen[:, 0] & False,
+            begun=seen[:, 0] & False,
+            image=seen,
+            fewest=tokens,
         )
 
     def spy(*args: Any) -> dict[int, Kept]:
