@@ -3,8 +3,8 @@
     python -m benchmarks.guard_speed                                  # a mid-size LLaVA on the CPU
     python -m benchmarks.guard_speed --size llava-1.5-7b --device cuda
 
-The variants of a comparison take turns; a figure is the median of their times. A picture is 576 tokens, a text 40. Memory on a CPU
-is that of the tensors that live at once; what an operation needs inside is not seen.
+The variants of a comparison take turns, round by round; a figure is the median over the rounds of a ratio within one. A picture is
+576 tokens, a text 40. Memory on a CPU is that of the tensors that live at once; what an operation needs inside is not seen.
 """
 
 from __future__ import annotations
@@ -120,9 +120,13 @@ Prepared = Callable[[], AbstractContextManager[Run]]
 """Prepares what is timed, and puts things back after it."""
 
 
-def medians(variants: dict[str, Prepared], *, rounds: int, device: str) -> dict[str, float]:
-    """Seconds of each variant, median over rounds in which each has its turn; the first round does not count."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+Times = dict[str, list[float]]
+"""Seconds of each variant, by round."""
+
+
+def timed(variants: dict[str, Prepared], *, rounds: int, device: str) -> Times:
+    """The times of rounds in which each variant has its turn; a round before them does not count."""
+    times: Times = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, prepare in variants.items():
             with prepare() as run:
@@ -132,7 +136,12 @@ def medians(variants: dict[str, Prepared], *, rounds: int, device: str) -> dict[
                     torch.cuda.synchronize()
                 if number:
                     times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def ratio(times: Times, name: str, reference: str) -> float:
+    """Median over the rounds of a variant's time over another's."""
+    return statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True))
 
 
 def peak_bytes(run: Run, device: str) -> int:
@@ -193,14 +202,14 @@ def guarded(model: Any, batch: Batch, *, flags: bool = False, tried: bool = Fals
         yield partial(answers, found, batch)
 
 
-def decode_seconds(model: Any, batch: Batch, *, rounds: int, device: str) -> dict[str, float]:
+def decode_times(model: Any, batch: Batch, *, rounds: int, device: str) -> Times:
     """Seconds of all tokens after the first, unguarded and with the pictures closed either way."""
     found = {}
     for tokens in (1, NEW):
         variants: dict[str, Prepared] = {"unguarded": partial(alone, partial(answers, model, batch, tokens))}
         variants |= {pruning: partial(purified, model, batch, tokens, pruning) for pruning in get_args(Pruning)}
-        found[tokens] = medians(variants, rounds=rounds, device=device)
-    return {name: found[NEW][name] - seconds for name, seconds in found[1].items()}
+        found[tokens] = timed(variants, rounds=rounds, device=device)
+    return {name: [a - b for a, b in zip(found[NEW][name], one, strict=True)] for name, one in found[1].items()}
 
 
 @torch.inference_mode()
@@ -216,7 +225,7 @@ def main() -> None:
     model = build(args.size, args.device)
     batch = prompts(model, args.batch)
     runs = {way.__name__: partial(way, model, batch) for way in (plain_prefill, extraction, public_way)}
-    seconds = medians({name: partial(alone, run) for name, run in runs.items()}, rounds=args.rounds, device=args.device)
+    reading = timed({name: partial(alone, run) for name, run in runs.items()}, rounds=args.rounds, device=args.device)
     one = prompts(model, 1)
     answering: dict[str, Prepared] = {
         "unguarded": partial(alone, partial(answers, model, one)),
@@ -224,16 +233,15 @@ def main() -> None:
         "suspicious, not flagged": partial(guarded, model, one, tried=True),
         "flagged, masks": partial(guarded, model, one, flags=True),
     }
-    latency = medians(answering, rounds=args.rounds, device=args.device)
-    unguarded = latency.pop("unguarded")
+    latency = timed(answering, rounds=args.rounds, device=args.device)
+    decoding = decode_times(model, prompts(model, 1, args.pictures), rounds=args.rounds, device=args.device)
+    generate, long = f"guarded generate of {NEW} tokens over unguarded", f"decoding after {args.pictures} pictures over unguarded"
     rows = [
-        ("extraction rows/s over a plain prefill's", seconds["plain_prefill"] / seconds["extraction"]),
-        ("extraction rows/s over the public BYE way's", seconds["public_way"] / seconds["extraction"]),
-        *((f"guarded generate of {NEW} tokens over unguarded, {name}", found / unguarded) for name, found in latency.items()),
+        ("extraction rows/s over a plain prefill's", ratio(reading, "plain_prefill", "extraction")),
+        ("extraction rows/s over the public BYE way's", ratio(reading, "public_way", "extraction")),
+        *((f"{generate}, {name}", ratio(latency, name, "unguarded")) for name in list(answering)[1:]),
+        *((f"{long}, all of them closed, {name}", ratio(decoding, name, "unguarded")) for name in get_args(Pruning)),
     ]
-    decoding = decode_seconds(model, prompts(model, 1, args.pictures), rounds=args.rounds, device=args.device)
-    long = f"decoding after {args.pictures} pictures over unguarded, flagged, all of them closed"
-    rows += [(f"{long}, {name}", decoding[name] / decoding["unguarded"]) for name in ("mask", "remove")]
     text = model.config.text_config
     eager = args.batch * text.num_hidden_layers * text.num_attention_heads * (IMAGE + TEXT) ** 2 * model.dtype.itemsize
     above = peak_bytes(runs["extraction"], args.device) - peak_bytes(runs["plain_prefill"], args.device)
