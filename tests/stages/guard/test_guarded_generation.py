@@ -469,7 +469,7 @@ def test_processors_are_not_asked_what_an_input_begins_with(monkeypatch: pytest.
         with begins(built.model, 7) as passes:
             found = asked(guarded, batch, only)
             (record,) = guarded.records
-        assert (found.sequences[0, -1], record.flagged, record.tokens_pruned, len(passes)) == (9, True, 16, 3)
+        assert (found.sequences[0, -1], record.flagged, record.tokens_pruned, len(passes)) == (9, True, 16, 7)
     assert tried == [7, 7], "what the model would have begun with"
 
 
