@@ -346,7 +346,10 @@ class GuardedModel:
                 transfers[k : k + call.beams] = found.share
                 flagged[k : k + call.beams] |= found.tokens is not None
             if self.policy.action == "purify" and bool(flagged.any()):
-                closing = self._closing(call, vectors, far, late, carried)
+                if self.policy.purification == "published":
+                    closing = self._published_closing(call, flagged)
+                else:
+                    closing = self._closing(call, vectors, far, late, carried)
                 self._run_again(call, module, kwargs, output, closing, first)
         milliseconds = 1000 * (call.seconds + time.perf_counter() - started)
         call.records = [
@@ -396,18 +399,19 @@ class GuardedModel:
                 found[k] = self._test.carried(int(first[k]), call.embeddings[k, image], attention[k, image], self.rule)
         return found
 
+    def _published_closing(self, call: _Call, flagged: torch.Tensor) -> Closing:
+        """What CleanSight closes in flagged rows."""
+        assert call.regions is not None
+        image, last = call.regions.image, self.detector.layers[-1]
+        tokens = published_tokens(call.weights[last], image, self.policy.tau) & flagged[:, None]
+        return dataclasses.replace(Closing.nothing(image), tokens=tokens, layers=torch.where(tokens.any(-1), last + 1, -1))
+
     def _closing(
         self, call: _Call, vectors: torch.Tensor, far: torch.Tensor, late: torch.Tensor, carried: Mapping[int, Carried]
     ) -> Closing:
         """What is closed in flagged rows, and from where on; where the attention is far from usual, its first such layer is."""
         assert call.regions is not None
         image = call.regions.image
-        if self.policy.purification == "published":
-            last = self.detector.layers[-1]
-            tokens = published_tokens(call.weights[last], image, self.policy.tau) & far[:, None]
-            layers = torch.where(tokens.any(-1), last + 1, -1)
-            nothing = torch.zeros_like(far)
-            return Closing(tokens=tokens, layers=layers, proven=nothing, begun=nothing, image=image, fewest=tokens)
         deviations = self.detector.deviations(vectors)
         tokens = stealing_tokens(call.weights, image, stealing_heads(self.detector, deviations)) & far[:, None]
         proven = torch.zeros_like(far)

@@ -747,6 +747,26 @@ def test_proven_tokens_take_the_place_of_stealing_ones(
     assert same_scores(found, under_block(model, mixed, block), [0])
 
 
+@pytest.mark.parametrize("late", [None, 2])
+def test_the_published_purification_of_an_input_that_is_not_far(
+    model: Any, mixed: Batch, hosts: tuple[Batch, ...], late: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is flagged by a causal test alone, and all that the last detection layer attends to is closed from the next layer on."""
+    proven(monkeypatch, *range(64))
+    seen = prefill(model, mixed)
+    detector = plain_detector(layers=(0, 1), threshold=FAR)
+    rule = rule_for(model, mixed, hosts, 0, late=late)
+    with GuardedModel(model, detector, transfer=rule, policy=Policy(purification="published", tau=0.0)) as guarded:
+        found = generated(guarded, mixed)
+        records = guarded.records
+    closed = (seen.weights[1].amax(1) > 0) & seen.image & (torch.arange(4) == 0)[:, None]
+    assert [record.flagged for record in records] == [True, False, False, False]
+    assert [record.tokens_pruned for record in records] == closed.sum(1).tolist() == [64, 0, 0, 0]
+    assert [record.rewind_layer for record in records] == [2, -1, -1, -1]
+    block = Block(keys=closed, from_layer=torch.tensor([2, NEVER, NEVER, NEVER]))
+    assert same_scores(found, under_block(model, mixed, block), [0])
+
+
 LEFT_ALONE: dict[str, tuple[dict[str, Any], float]] = {
     "not suspicious": ({"familiar": torch.zeros(0, dtype=torch.int64)}, math.nan),
     "no limit can be exceeded": ({"attended": 1.0, "whole": 1.0}, math.nan),
