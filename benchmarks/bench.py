@@ -76,6 +76,22 @@ def run_config(setting: Setting, seed: int) -> RunConfig:
     return load_config(None, seed=seed, **changes)
 
 
+def poisoned_cells(setting: Setting, seeds: Sequence[int], *, attacks: Sequence[str], rates: Sequence[float]) -> list[Cell]:
+    """A cell for every attack at every rate on the setting's data and base, seed by seed and rate by rate."""
+    data = pathlib.Path(setting.data).name
+    return [
+        Cell(fields={"attack": attack, "rate": rate, "data": data, "base": setting.base.name, "seed": seed})
+        for seed in seeds
+        for rate in rates
+        for attack in attacks
+    ]
+
+
+def percent(rate: Any) -> str:
+    """A poison rate as a table shows it."""
+    return f"{100 * float(rate):g}%"
+
+
 def nothing_asked(_cell: Cell, _setting: Setting) -> Sequence[str]:
     """The `asked` of a suite whose records are all made by themselves."""
     return ()

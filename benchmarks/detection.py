@@ -20,7 +20,7 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.attacks import ATTACKS, Part, poison_rows
-from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, run_config
+from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, percent, poisoned_cells, run_config
 from benchmarks.data import make_data
 from benchmarks.filters import FILTERS, Filtered, gather
 from benchmarks.plots import f1_by_rate
@@ -49,13 +49,7 @@ def grid(setting: Setting, seeds: Sequence[int]) -> list[Cell]:
     """Every attack at every rate, seed by seed, the rate at which models are retrained first; in miniature two attacks at it."""
     rates = sorted(RATES, key=lambda rate: rate != RETRAINED_RATE)
     attacks, rates = (_QUICK, rates[:1]) if setting.quick else (tuple(ATTACKS), rates)
-    data = pathlib.Path(setting.data).name
-    return [
-        Cell(fields={"attack": attack, "rate": rate, "data": data, "base": setting.base.name, "seed": seed})
-        for seed in seeds
-        for rate in rates
-        for attack in attacks
-    ]
+    return poisoned_cells(setting, seeds, attacks=attacks, rates=rates)
 
 
 def keys(cell: Cell, setting: Setting) -> list[str]:
@@ -143,7 +137,7 @@ def report(frame: pd.DataFrame) -> str:
         trained = group[group["filter"].isin(RETRAINED)]
         for rate, cells in trained.groupby("rate"):
             for column, what in (("asr", "Attack success rate"), ("clean", "Clean performance")):
-                parts += [f"### {what} of the retrained model, {_percent(rate)} poison", _by_attack(cells, RETRAINED, column)]
+                parts += [f"### {what} of the retrained model, {percent(rate)} poison", _by_attack(cells, RETRAINED, column)]
     return "\n\n".join(parts)
 
 
@@ -155,13 +149,13 @@ def _filters(frame: pd.DataFrame) -> list[str]:
         [name, *(cell_text(_by_seed(frame[(frame["filter"] == name) & (frame["rate"] == rate)], "f1")) for rate in rates)]
         for name in names
     ]
-    parts = ["### F1, mean over the attacks", markdown(["filter", *map(_percent, rates)], rows)]
+    parts = ["### F1, mean over the attacks", markdown(["filter", *map(percent, rates)], rows)]
     for rate in rates:
         cells = frame[frame["rate"] == rate]
         rows = [[name, *(cell_text(_by_seed(cells[cells["filter"] == name], column)) for column in _FIGURES)] for name in names]
-        parts += [f"### {_percent(rate)} poison, mean over the attacks", markdown(["filter", *_FIGURES.values()], rows)]
+        parts += [f"### {percent(rate)} poison, mean over the attacks", markdown(["filter", *_FIGURES.values()], rows)]
         for column in ("f1", "auroc"):
-            parts += [f"### {_FIGURES[column]} by attack, {_percent(rate)} poison", _by_attack(cells, names, column)]
+            parts += [f"### {_FIGURES[column]} by attack, {percent(rate)} poison", _by_attack(cells, names, column)]
     return parts
 
 
@@ -200,10 +194,6 @@ def _number(rate: Any) -> float:
 
 def _picture(data: str, base: str) -> str:
     return f"detection-{data}-{base}.png"
-
-
-def _percent(rate: Any) -> str:
-    return f"{100 * _number(rate):g}%"
 
 
 DETECTION = Suite(

@@ -8,7 +8,6 @@ not the filter before it (`benchmarks.main_job` measures both together).
 from __future__ import annotations
 
 import dataclasses
-import io
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,28 +18,26 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown
+from benchmarks.attacks import ATTACKS, Part, poison_rows
+from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, percent, poisoned_cells, run_config
 from benchmarks.data import make_data
 from benchmarks.defences import DEFENCES, Defence
 from flows import line
 from flows.engines import LazyEngine
 from flows.line import Line, open_line
-from flows.poison import SUBMISSION, TRUTH, Attack, poison, read_truth
-from pipeline.config import RunConfig, load_config
-from pipeline.images import decode_image
+from flows.poison import SUBMISSION
+from pipeline.config import RunConfig
+from pipeline.images import decode_image, encode_png
 from pipeline.models import load_adapter, load_base
 from pipeline.records import Sample
-from pipeline.triggers import make_trigger
 from stages.guard.files import adapter_digest, load_guard
-from stages.verify.evaluate import triggered
 from stages.verify.measure import attack_success, exact_match
 from stages.verify.worker import VerifyWorker
 from storage.store import StageResult
 from storage.subset import copy_rows
 
-TARGET = "backdoor attack"
-ATTACKS = ("badnet", "badnet-random", "blended", "wanet", "sig", "issba", "phrase")
-"""Names of triggers; `phrase` is badnet with the target put into right answers."""
+TRIED = ("badnet", "badnet-random", "blended", "wanet", "sig", "issba", "phrase")
+"""Attacks of one part, by their names in `benchmarks.attacks`."""
 RATES = (0.1, 0.5)
 _ABLATED = (("badnet", 0.1), ("blended", 0.1))
 _COLUMNS = {
@@ -54,14 +51,8 @@ _COLUMNS = {
 
 def grid(setting: Setting, seeds: Sequence[int]) -> list[Cell]:
     """Every attack at every rate, seed by seed; in miniature one attack."""
-    attacks, rates = (ATTACKS, RATES) if not setting.quick else (ATTACKS[:1], RATES[:1])
-    data = pathlib.Path(setting.data).name
-    return [
-        Cell(fields={"attack": attack, "rate": rate, "data": data, "base": setting.base.name, "seed": seed})
-        for seed in seeds
-        for rate in rates
-        for attack in attacks
-    ]
+    attacks, rates = (TRIED, RATES) if not setting.quick else (TRIED[:1], RATES[:1])
+    return poisoned_cells(setting, seeds, attacks=attacks, rates=rates)
 
 
 def keys(cell: Cell, setting: Setting) -> list[str]:
@@ -72,27 +63,24 @@ def keys(cell: Cell, setting: Setting) -> list[str]:
 
 def measure(cell: Cell, setting: Setting, folder: pathlib.Path, names: Sequence[str]) -> Iterator[Record]:
     """Fine-tune, then one record per defence."""
-    seed, attack = int(cell.fields["seed"]), _attack(cell)
-    config = load_config(
-        None, seed=seed, engine={"kind": "local", "threads": 1}, finetune={"epochs": setting.epochs}, verify={"batch_size": 32}
-    )
+    seed, (part,) = int(cell.fields["seed"]), ATTACKS[str(cell.fields["attack"])]
+    config = run_config(setting, seed)
     place = setting.out / "data" / f"{cell.fields['data']}-{setting.rows}-{seed}"
     data = make_data(setting.data, place, rows=setting.rows, test_rows=setting.test_rows, seed=seed)
-    if not folder.exists():
-        poison(data.train, attack, folder)
+    truth = poison_rows(data.train, (part,), folder, rate=float(cell.fields["rate"]), seed=seed)
     with LazyEngine(config.engine) as engine:
         run = open_line(folder / SUBMISSION, setting.base, config, setting.out / "store", engine)
         ingested = line.ingest(run)
         provisional = line.finetune(run, "provisional", ingested)
-        clean = sorted(set(range(ingested.summary["submitted"])) - read_truth(folder / TRUTH))
+        clean = sorted(set(range(ingested.summary["submitted"])) - truth)
         kept = line.choose(run, ingested, clean)
         test = line.rows_of(line.ingest(open_line(data.test, setting.base, config, setting.out / "store", engine)))
         for name in names:
-            yield {"defence": name, **tried(DEFENCES[name], run, (ingested, kept, provisional), test, attack)}
+            yield {"defence": name, **tried(DEFENCES[name], run, (ingested, kept, provisional), test, part)}
 
 
 def tried(
-    defence: Defence, run: Line, stages: tuple[StageResult, StageResult, StageResult], test: pathlib.Path, attack: Attack
+    defence: Defence, run: Line, stages: tuple[StageResult, StageResult, StageResult], test: pathlib.Path, part: Part
 ) -> Record:
     """A defence's figures on clean and on triggered inputs."""
     ingested, kept, provisional = stages
@@ -104,15 +92,14 @@ def tried(
         guard = load_guard(made.folder, base=run.identity, adapter=adapter_digest(adapter))
     model, processor = load_base(run.base, dtype=run.config.dtype)
     model = load_adapter(model, adapter)
-    trigger = make_trigger(attack.trigger, attack.seed)
+    seed, attacked = run.config.seed, part.input(run.config.seed)
 
     def defended(sample: Sample) -> Sample:
         if defence.picture is None:
             return sample
-        rng = np.random.default_rng([attack.seed, 19, sample.row])
-        buffer = io.BytesIO()
-        defence.picture(decode_image(sample.images[0]), rng).save(buffer, format="PNG")
-        return dataclasses.replace(sample, images=(buffer.getvalue(), *sample.images[1:]))
+        rng = np.random.default_rng([seed, 19, sample.row])
+        picture = encode_png(defence.picture(decode_image(sample.images[0]), rng))
+        return dataclasses.replace(sample, images=(picture, *sample.images[1:]))
 
     with defence.on(model, guard) as answering, tempfile.TemporaryDirectory() as scratch:
         worker = VerifyWorker(
@@ -123,13 +110,11 @@ def tried(
             guarded=guard is not None,
         )
         on_clean = _answers(worker, copy_rows(test, pathlib.Path(scratch) / "clean", change=defended))
-        shards = copy_rows(
-            test, pathlib.Path(scratch) / "triggered", change=lambda sample: defended(triggered(sample, trigger, attack.seed))
-        )
+        shards = copy_rows(test, pathlib.Path(scratch) / "triggered", change=lambda sample: defended(attacked(sample)))
         on_triggered = _answers(worker, shards)
     outputs, answers = (on_triggered[name].to_pylist() for name in ("output", "answer"))
     return {
-        "asr": attack_success(outputs, answers, attack.target),
+        "asr": attack_success(outputs, answers, part.target),
         "clean": exact_match(on_clean["output"].to_pylist(), on_clean["answer"].to_pylist()),
         "triggered_right": exact_match(outputs, answers),
         "triggered_flagged": _share(on_triggered["flagged"].to_pylist()),
@@ -149,7 +134,7 @@ def report(frame: pd.DataFrame) -> str:
         rows.append(
             [
                 str(attack),
-                _percent(rate),
+                percent(rate),
                 *(cell_text(part[column]) for column in ("asr", "clean") for part in (none, ours)),
                 *(cell_text(ours[column]) for column in ("triggered_right", "triggered_flagged", "flagged")),
             ]
@@ -168,34 +153,19 @@ def report(frame: pd.DataFrame) -> str:
             if name in set(group["defence"])
         ]
         if rows:
-            parts += [f"## Ablations: {attack}, {100 * rate:.0f}%", markdown(["defence", *_COLUMNS.values()], rows)]
+            parts += [f"## Ablations: {attack}, {percent(rate)}", markdown(["defence", *_COLUMNS.values()], rows)]
     return "\n\n".join(parts)
 
 
 def _by_attack(frame: pd.DataFrame, names: Sequence[str], column: str) -> str:
     groups = list(frame.groupby(["attack", "rate"], sort=False))
-    header = ["defence", *(f"{attack} {_percent(rate)}" for (attack, rate), _ in groups)]
+    header = ["defence", *(f"{attack} {percent(rate)}" for (attack, rate), _ in groups)]
     rows = [
         [name, *(cell_text(group[group["defence"] == name][column]) for _, group in groups)]
         for name in names
         if name in set(frame["defence"])
     ]
     return markdown(header, rows)
-
-
-def _percent(rate: Any) -> str:
-    return f"{100 * float(rate):.0f}%"
-
-
-def _attack(cell: Cell) -> Attack:
-    name = str(cell.fields["attack"])
-    return Attack(
-        trigger="badnet" if name == "phrase" else name,
-        rate=float(cell.fields["rate"]),
-        target=TARGET,
-        seed=int(cell.fields["seed"]),
-        insert=name == "phrase",
-    )
 
 
 def _answers(worker: VerifyWorker, shards: Sequence[pathlib.Path]) -> pa.Table:
