@@ -1,14 +1,37 @@
-"""What a model answers: greedy generation in batches."""
+"""What a model answers: greedy generation in batches; and the random numbers of generation that is not greedy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example
+
+
+class RandomState:
+    """The random numbers that sampling on a device goes on with, as they stand when this is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpus = [device] if device.type == "cuda" else []
+        self._cpu = torch.get_rng_state()
+        self._states = [torch.cuda.get_rng_state(gpu) for gpu in self._gpus]
+
+    def restore(self) -> None:
+        """Go on as it stood."""
+        torch.set_rng_state(self._cpu)
+        for gpu, state in zip(self._gpus, self._states, strict=True):
+            torch.cuda.set_rng_state(state, gpu)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, go on as it stood; afterwards as it stands now."""
+        with torch.random.fork_rng(self._gpus):
+            self.restore()
+            yield
 
 
 def answer(model: Any, processor: Any, examples: Sequence[Example], *, max_new_tokens: int) -> list[str]:

@@ -51,6 +51,15 @@ def encode_prompts(processor: Any, examples: Sequence[Example]) -> Batch:
     return _process(processor, examples, [_row_prompt(processor, example) for example in examples])
 
 
+def answer_tokens(processor: Any, examples: Sequence[Example]) -> list[list[int]]:
+    """What a model is trained to say to each example: the tokens of its answer, and those that the chat template ends it with.
+
+    Raises:
+        SubmissionError: a row that the chat template refuses; names the row.
+    """
+    return _answer_tokens(processor, examples, [_row_prompt(processor, example) for example in examples])
+
+
 def encode_training(processor: Any, examples: Sequence[Example], max_length: int) -> Batch:
     """Prompts followed by their answers, padded on the right.
 
@@ -67,9 +76,8 @@ def encode_training(processor: Any, examples: Sequence[Example], max_length: int
         SubmissionError: as `encode_prompts`, and for an example longer than `max_length`; names the row.
     """
     texts = [_row_prompt(processor, example) for example in examples]
-    answers = [_row_completion(processor, example, text) for example, text in zip(examples, texts, strict=True)]
+    tokens = _answer_tokens(processor, examples, texts)
     batch = _process(processor, examples, texts)
-    tokens = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
     kept = batch["attention_mask"].bool()
     lengths = [int(n) + len(answer) for n, answer in zip(kept.sum(1), tokens, strict=True)]
     for example, length in zip(examples, lengths, strict=True):
@@ -154,6 +162,11 @@ def _row_completion(processor: Any, example: Example, before: str) -> str:
         return _completion(processor, _as_text(processor, [*example.prompt, reply]), before)
     except jinja2.TemplateError as error:
         raise SubmissionError(f"row {example.row}: the base's chat template refuses its turns: {error}") from error
+
+
+def _answer_tokens(processor: Any, examples: Sequence[Example], prompts: Sequence[str]) -> list[list[int]]:
+    answers = [_row_completion(processor, example, prompt) for example, prompt in zip(examples, prompts, strict=True)]
+    return list(processor.tokenizer(answers, add_special_tokens=False)["input_ids"])
 
 
 def _process(processor: Any, examples: Sequence[Example], texts: Sequence[str]) -> Batch:

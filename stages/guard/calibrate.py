@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import numpy as np
@@ -150,26 +152,26 @@ def _conformal_rank(rows: int, rate: float) -> int:
     return min(rows, int(np.ceil((rows + 1) * (1 - rate) - 1e-9)))
 
 
-def familiar_tokens(first: np.ndarray, rate: float) -> np.ndarray:
-    """First tokens of answers that are usual: of the kept rows at most the target share begins with one that is not.
+def familiar_tokens(answers: Sequence[Collection[int]], rate: float) -> np.ndarray:
+    """Tokens of answers that are usual: of the kept rows at most the target share has one that is not.
 
-    A row's own answer does not make its token usual for it; the other rows do (leave-one-out). So a token is usual where at least
-    so many rows begin with it, and that number is the largest for which at most the target share of rows has fewer others of its
-    own token.
+    A row's own answer does not make its tokens usual for it; the other rows do (leave-one-out). So a token is usual where at least
+    so many rows have it, and that number is the largest for which at most the target share of rows has a token that fewer others
+    have.
 
     Args:
-        first: int (rows,), the first token that the model answers each kept prompt with.
+        answers: tokens that each kept row is answered with: the first alone, or all.
         rate: target share.
 
     Returns:
         int64 (tokens,), ascending; empty where so many tokens come once that a new one means nothing.
     """
-    tokens, counts = np.unique(first, return_counts=True)
-    others = counts - 1
-    levels = np.unique(others)
-    # At 0 more rows than the rate have no other of their token; their share is that of tokens not seen yet (Good and Turing).
-    enough = min((level for level in levels if counts[others <= level].sum() > rate * len(first)), default=0)
-    return np.asarray(tokens[counts >= enough] if enough else tokens[:0], dtype=np.int64)
+    sets = [set(answer) for answer in answers]
+    counts = Counter(itertools.chain.from_iterable(sets))
+    rarest = np.asarray([min((counts[token] - 1 for token in tokens), default=len(sets)) for tokens in sets])
+    # At 0 more rows than the rate have a token that no other has; their share is that of tokens not seen yet (Good and Turing).
+    enough = min((level for level in np.unique(rarest) if (rarest <= level).sum() > rate * len(sets)), default=0)
+    return np.asarray(sorted(token for token, count in counts.items() if enough and count >= enough), dtype=np.int64)
 
 
 def transfer_threshold(shares: np.ndarray) -> float:

@@ -26,7 +26,7 @@ class Closing:
         begun: bool (batch,), in which of these the last layers are tried; the others begin with the layer that they have.
         image: bool (batch, keys), all that could be closed.
         fewest: bool (batch, keys), the tokens that it begins with.
-        last, step: the last layer that is tried, and how many layers earlier each next one lies.
+        tried: the layers from which proven tokens are closed in turn, ascending, from the first layer on.
     """
 
     tokens: torch.Tensor
@@ -35,8 +35,7 @@ class Closing:
     begun: torch.Tensor
     image: torch.Tensor
     fewest: torch.Tensor
-    last: int = 0
-    step: int = 1
+    tried: tuple[int, ...] = (0,)
 
     @property
     def block(self) -> Block:
@@ -66,10 +65,12 @@ class Closing:
         begun = rows & self.begun
         wider = begun & (self.tokens != self.image).any(-1)
         earlier = begun & ~wider & (self.layers > 0)
-        self.layers = torch.where(earlier, (self.layers - self.step).clamp(min=0), self.layers)
+        tried = torch.tensor(self.tried, device=rows.device)
+        before = tried[(torch.searchsorted(tried, self.layers) - 1).clamp(min=0)]
+        self.layers = torch.where(earlier, before, self.layers)
         self.tokens = torch.where(wider[:, None], self.image, torch.where(earlier[:, None], self.fewest, self.tokens))
         begins = rows & ~self.begun
-        self.layers, self.begun = torch.where(begins, self.last, self.layers), self.begun | begins
+        self.layers, self.begun = torch.where(begins, tried[-1], self.layers), self.begun | begins
         return wider | earlier | begins
 
 

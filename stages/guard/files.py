@@ -22,7 +22,7 @@ from stages.guard.transfer import LEAST_HOSTS, MAJORITY, TransferRule
 
 GUARD = "guard.json"
 GUARD_TENSORS = "guard.safetensors"
-SCHEMA = 3
+SCHEMA = 4
 _POLICY = {
     "action": get_args(Action),
     "purification": get_args(Purification),
@@ -30,6 +30,7 @@ _POLICY = {
     "on_error": get_args(OnError),
 }
 _LIMITS = ("distance", "attended", "whole")
+_TOKENS = ("familiar", "vocabulary")
 _HOST = "host"
 """Tensors of the causal test's prompts are named host.BATCH.NAME."""
 
@@ -91,7 +92,7 @@ def save_guard(guard: Guard, folder: pathlib.Path) -> None:
     tensors = {name: getattr(detector, name).float() for name in TENSORS}
     if (rule := guard.transfer) is not None:
         content["transfer"] = {**{name: getattr(rule, name) for name in _LIMITS}, "late": rule.late}
-        tensors["familiar"] = rule.familiar
+        tensors |= {name: getattr(rule, name) for name in _TOKENS}
         tensors |= {f"{_HOST}.{k}.{name}": value for k, batch in enumerate(rule.hosts) for name, value in batch.items()}
     (folder / GUARD).write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / GUARD_TENSORS)
@@ -166,9 +167,15 @@ def _transfer(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Tran
     late = content["late"]
     if late is not None and (not isinstance(late, int) or late < 1):
         raise ValueError(f"late {late!r} is not a layer after the first")
-    familiar = tensors["familiar"]
-    if familiar.dim() != 1 or familiar.dtype != torch.int64:
-        raise ValueError(f"familiar of shape {tuple(familiar.shape)} and type {familiar.dtype} is not a list of tokens")
+    tokens = {name: tensors[name] for name in _TOKENS}
+    for name, value in tokens.items():
+        if value.dim() != 1 or value.dtype != torch.int64:
+            raise ValueError(f"{name} of shape {tuple(value.shape)} and type {value.dtype} is not a list of tokens")
+    return TransferRule(hosts=_hosts(tensors), late=late, familiar=tokens["familiar"], vocabulary=tokens["vocabulary"], **limits)
+
+
+def _hosts(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
+    """The causal test's prompts in batches; raises KeyError or ValueError where there are too few, or they can't be run."""
     hosts: dict[int, dict[str, torch.Tensor]] = {}
     for name in sorted(tensors):
         if name.startswith(f"{_HOST}."):
@@ -182,4 +189,4 @@ def _transfer(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Tran
             raise ValueError("the causal test's prompts are not batches of tokens, padded on the left")
         if not all(bool(torch.isfinite(value).all()) for value in batch.values()):
             raise ValueError("the causal test's prompts hold values that are not finite")
-    return TransferRule(hosts=tuple(hosts[k] for k in range(len(hosts))), familiar=familiar, late=late, **limits)
+    return tuple(hosts[k] for k in range(len(hosts)))

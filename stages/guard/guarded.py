@@ -3,8 +3,9 @@
 Detection reads the attention rows of the prefill that `generate` makes anyway. Suspicious inputs are tried causally
 (`stages.guard.transfer`). Where a row of the batch is flagged, the prefill is run once more with that row's stealing tokens closed
 from its rewind layer on; an input that passed the causal test and still begins the same answer is rewound further. Logits and cache
-of the flagged rows are replaced, those of the others stay as they were. The tokens stay closed in every decoding step. All state
-lives in a context variable of the call, none on the model.
+of the flagged rows are replaced, those of the others stay as they were. The tokens stay closed in every decoding step. An answer
+that goes on with unusual words is given again with its picture closed late; where it has them no longer, the input is flagged. All
+state lives in a context variable of the call, none on the model.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pipeline.attention import (
 )
 from pipeline.decoder import attention_layers, is_hybrid
 from pipeline.errors import ByeSightError, ConfigError, ModelError
+from pipeline.generation import RandomState
 from pipeline.models import image_token_id
 from stages.guard.closing import NEVER, Closing, copy_rows, taken_out
 from stages.guard.detector import Detector, feature_vectors
@@ -43,8 +45,8 @@ from stages.guard.files import Guard, dtype_name
 from stages.guard.policy import DEFAULT, Policy
 from stages.guard.purify import published_tokens, rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import Counters, GuardRecord
-from stages.guard.transfer import STEPS, Carried, TransferRule, TransferTest, image_attention
-from stages.guard.ways import refuse_ways
+from stages.guard.transfer import Carried, TransferRule, TransferTest, closing_layers, image_attention
+from stages.guard.ways import end_tokens, refuse_ways
 
 _log = logging.getLogger(__name__)
 
@@ -55,12 +57,16 @@ class RefusedInputError(ByeSightError):
 
 @dataclasses.dataclass(kw_only=True)
 class _Call:
-    """The state of one `generate` call of one guarded model."""
+    """The state of one `generate` call of one guarded model.
+
+    `says_late` is bool (inputs,), which of them are known to say what they would not say with their pictures closed late.
+    """
 
     owner: GuardedModel
     inputs: int
     prompt: int
     mask: torch.Tensor | None
+    says_late: torch.Tensor
     tap: Tap = dataclasses.field(default_factory=Tap)
     regions: PromptRegions | None = None
     empty_cache: Any = None
@@ -77,14 +83,25 @@ class _Call:
         self.statistics.clear()
         self.embeddings = self.empty_cache = None
 
+    def afresh(self) -> _Call:
+        """The same call before it ran, with what is known of its answers."""
+        return _Call(owner=self.owner, inputs=self.inputs, prompt=self.prompt, mask=self.mask, says_late=self.says_late)
+
     @property
     def beams(self) -> int:
         """Rows of the prefill's batch per input."""
         return 1 if self.regions is None else len(self.regions.image) // self.inputs
 
 
+def _answers(output: Any, prompt: int) -> torch.Tensor:
+    """What was generated after the prompts, int (sequences, tokens)."""
+    sequences: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
+    return sequences[:, prompt:]
+
+
 _UNSEEN = ("pixel_values_videos", "input_features")
 """What processors give for videos and sound."""
+
 
 _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("byesight_guard_call", default=None)
 
@@ -223,30 +240,84 @@ class GuardedModel:
         if strange := sorted(name for name in _UNSEEN if inputs.get(name) is not None):
             raise ConfigError(f"the guard looks at pictures alone, not at {', '.join(strange)}")
         refuse_ways(base_of(self.model), inputs)
-        call = _Call(owner=self, inputs=prompt.shape[0], prompt=prompt.shape[1], mask=inputs.get("attention_mask"))
-        call.tap.observer = lambda layer, weights: self._observe(call, layer, weights)
+        nothing = torch.zeros(prompt.shape[0], dtype=torch.bool, device=self.model.device)
+        call = _Call(
+            owner=self,
+            inputs=prompt.shape[0],
+            prompt=prompt.shape[1],
+            mask=inputs.get("attention_mask"),
+            says_late=nothing,
+        )
+        draws = RandomState(self.model.device)
         unseen: list[GuardRecord] = []
-        token = _CALL.set(call)
         try:
-            with tapped(call.tap):
-                output = self.model.generate(**inputs)
-            self._check_seen(call)
+            output = self._answer(call, inputs)
+            with self._forgiving(call):
+                call.says_late = self._says_late(call, inputs, output, draws)
+            if self.policy.action == "purify" and bool(call.says_late.any()):
+                before, call = call.records, call.afresh()
+                draws.restore()
+                output = self._answer(call, inputs)
+                call.records = [new.after(old) for new, old in zip(call.records, before, strict=True)]
         except Exception:
             unseen = [GuardRecord.of_failure(self.detector.threshold)] * call.inputs
             raise
         else:
             return output
         finally:
-            _CALL.reset(token)
             self._last.records = call.records
             # What was found counts also where the answer failed later; an attack that was seen is not a guard that failed.
             self._counters.add(call.records or unseen, refuses=self.policy.action == "refuse")
 
-    @staticmethod
-    def _check_seen(call: _Call) -> None:
-        """Raise ModelError where the model answered without a prefill that the guard could see."""
+    def _answer(self, call: _Call, inputs: Mapping[str, Any]) -> Any:
+        """What the model generates, watched; raises ModelError where it did without a prefill that the guard could see."""
+        call.tap.observer = lambda layer, weights: self._observe(call, layer, weights)
+        token = _CALL.set(call)
+        try:
+            with tapped(call.tap):
+                output = self.model.generate(**inputs)
+        finally:
+            _CALL.reset(token)
         if not call.done:
             raise ModelError("the model answered without a prefill that the guard could see")
+        return output
+
+    def _says_late(self, call: _Call, inputs: Mapping[str, Any], output: Any, draws: RandomState) -> torch.Tensor:
+        """Which inputs say something unusual that they would not say with their pictures closed late, bool (inputs,).
+
+        Their answers are given once more, with the same random numbers. What was handed to the caller as it was made can't be taken
+        back, and a cache of the caller's can't be filled twice: such calls are left at what the prefill tells.
+        """
+        found = torch.zeros_like(call.says_late)
+        if self.rule is None or self.rule.late is None or call.regions is None or any(record.failed for record in call.records):
+            return found
+        if inputs.get("streamer") is not None or inputs.get("past_key_values") is not None:
+            return found
+        started = time.perf_counter()
+        strange = self.rule.strange(_answers(output, call.prompt), end_tokens(base_of(self.model), inputs))
+        several = len(strange) // call.inputs
+        tried = torch.tensor([bool(said) for said in strange], device=found.device).view(-1, several).any(-1)
+        tried &= call.regions.image.any(-1)[:: call.beams]
+        if not bool(tried.any()):
+            return found
+        layers = torch.where(tried, self.rule.late, NEVER).repeat_interleave(call.beams)
+        with draws.again(), tapped(Tap(block=Block(keys=call.regions.image, from_layer=layers))):
+            others = _answers(self.model.generate(**inputs), call.prompt)
+        gone = [not said <= set(other.tolist()) for said, other in zip(strange, others, strict=True)]
+        found = tried & torch.tensor(gone, device=found.device).view(-1, several).any(-1)
+        milliseconds = 1000 * (time.perf_counter() - started)
+        call.records = [
+            dataclasses.replace(
+                record,
+                tried=record.tried or bool(tried[k]),
+                late=record.late or bool(found[k]),
+                flagged=record.flagged or bool(found[k]),
+                milliseconds=record.milliseconds + milliseconds,
+            )
+            for k, record in enumerate(call.records)
+        ]
+        self._refuse(call)
+        return found
 
     @contextlib.contextmanager
     def _forgiving(self, call: _Call) -> Iterator[None]:
@@ -339,7 +410,8 @@ class GuardedModel:
             far = ran & ~(distances <= self.detector.threshold)
             first = output.logits[:, -1].argmax(-1)
             suspicious = torch.zeros_like(ran) if self.rule is None else ran & self.rule.suspicious(distances, first)
-            late = self._reads_late(call, module, kwargs, suspicious & ~far, first)
+            late = call.says_late.repeat_interleave(call.beams)
+            late = late | self._reads_late(call, module, kwargs, suspicious & ~far & ~late, first)
             carried = self._carried(call, suspicious & ~late, first)
             flagged = far | late
             for k, found in carried.items():
@@ -367,8 +439,12 @@ class GuardedModel:
             )
             for k in range(0, len(image), call.beams)  # beams of one input are alike
         ]
-        if self.policy.action == "refuse" and bool(flagged.any()):
-            count = sum(record.flagged for record in call.records)
+        self._refuse(call)
+
+    def _refuse(self, call: _Call) -> None:
+        """Raise RefusedInputError where that is the action and an input was flagged."""
+        count = sum(record.flagged for record in call.records)
+        if self.policy.action == "refuse" and count:
             raise RefusedInputError(f"{count} of {call.inputs} inputs were flagged by the guard and refused")
 
     def _reads_late(
@@ -377,9 +453,9 @@ class GuardedModel:
         """Which suspicious inputs begin otherwise with their pictures closed in late layers, bool (batch,); one more prefill."""
         if self.rule is None or self.rule.late is None or call.regions is None or not bool(suspicious.any()):
             return torch.zeros_like(suspicious)
-        call.tap.block = Block(keys=call.regions.image, from_layer=torch.where(suspicious, self.rule.late, NEVER))
+        closed = Block(keys=call.regions.image, from_layer=torch.where(suspicious, self.rule.late, NEVER))
         try:
-            again = module.forward(**{**kwargs, "past_key_values": copy.deepcopy(call.empty_cache)})
+            again = self._prefill(call, module, kwargs, closed)
         finally:
             call.tap.block = None
         changed: torch.Tensor = suspicious & (again.logits[:, -1].argmax(-1) != first)
@@ -424,8 +500,8 @@ class GuardedModel:
         layers = torch.where(tokens.any(-1), rewind_layers(self.detector, deviations), -1)
         blind = far & ~tokens.any(-1)  # no head concentrates, or the statistics are not numbers
         tokens, layers = torch.where(blind[:, None], image, tokens), torch.where(blind, 0, layers)
-        begun, step = proven & ~far, max(1, self._layers // STEPS)
-        layers = torch.where(begun, self._layers - step, layers)
+        begun, tried = proven & ~far, closing_layers(self._layers)
+        layers = torch.where(begun, tried[-1], layers)
         if self.rule is not None and self.rule.late is not None:
             tokens, layers = torch.where(late[:, None], image, tokens), torch.where(late, self.rule.late, layers)
         return Closing(
@@ -435,9 +511,14 @@ class GuardedModel:
             begun=begun,
             image=image,
             fewest=tokens,
-            last=self._layers - step,
-            step=step,
+            tried=tried,
         )
+
+    @staticmethod
+    def _prefill(call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], block: Block) -> Any:
+        """The output of the prefill made once more into a cache of its own, with tokens closed; they stay closed."""
+        call.tap.block = block
+        return module.forward(**{**kwargs, "past_key_values": copy.deepcopy(call.empty_cache)})
 
     def _run_again(
         self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: Closing, first: torch.Tensor
@@ -449,8 +530,7 @@ class GuardedModel:
         purified = rows = closing.tokens.any(-1)
         again = None
         while bool(rows.any()):
-            call.tap.block = closing.block
-            again = module.forward(**{**kwargs, "past_key_values": copy.deepcopy(call.empty_cache)})
+            again = self._prefill(call, module, kwargs, closing.block)
             rows = closing.widen(rows & (again.logits[:, -1].argmax(-1) == first))
         if again is None:
             return

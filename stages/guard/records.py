@@ -29,11 +29,12 @@ class GuardRecord:
             by it into other prompts.
         distance, threshold: in whitened standard deviations; distance is NaN where it did not run.
         tried: whether it was suspicious, and so tried causally.
-        late: whether its answer began otherwise with its picture closed in the layers in which kept rows need theirs no longer.
+        late: whether its answer began otherwise, or left its unusual words out, with its picture closed in the layers in which kept
+            rows need theirs no longer.
         transfer: share of kept prompts that took over its answer; NaN where that was not tried, or can't be told.
         tokens_pruned: image tokens closed.
         rewind_layer: the layer from which they are closed; -1 where nothing is.
-        milliseconds: time of the guard's own work for the whole batch: reduction, detection, causal test and further prefills.
+        milliseconds: time of the guard's own work for the whole batch: reduction, detection, causal tests and what was run again.
         failed: whether the guard itself failed and the input was answered unguarded (`on_error` is `pass`).
     """
 
@@ -48,6 +49,10 @@ class GuardRecord:
     rewind_layer: int
     milliseconds: float
     failed: bool = False
+
+    def after(self, first: GuardRecord) -> GuardRecord:
+        """Of an input that was answered again, with the time and the trials of its first answer."""
+        return dataclasses.replace(self, tried=self.tried or first.tried, milliseconds=self.milliseconds + first.milliseconds)
 
     @classmethod
     def of_failure(cls, threshold: float) -> GuardRecord:

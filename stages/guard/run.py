@@ -36,7 +36,7 @@ from stages.guard.worker import ReferenceWorker
 from stages.score.groups import plain_answer
 from storage.subset import copy_rows, pictured_rows
 
-VERSION = 7
+VERSION = 8
 CALIBRATION = "calibration.parquet"
 _BATCH = 32
 _TRIED = 100
@@ -151,13 +151,15 @@ def run(
 
 def _rule(reference: pa.Table, fit: Calibration, hosts: list[pathlib.Path], config: GuardConfig) -> TransferRule:
     """The causal test, with the thresholds that the reference gives."""
+    first = [[token] for token in reference["first_token"].to_pylist()]
     return TransferRule(
         hosts=tuple(load_file(path) for path in hosts),
         distance=min(fit.threshold, conformal_quantile(fit.distances, config.suspicion_rate)),
-        familiar=torch.from_numpy(familiar_tokens(reference["first_token"].to_numpy(), config.suspicion_rate)),
+        familiar=torch.from_numpy(familiar_tokens(first, config.suspicion_rate)),
         attended=transfer_threshold(reference["attended"].to_numpy()),
         whole=transfer_threshold(reference["whole"].to_numpy()),
         late=_late(reference, config.false_positive_rate),
+        vocabulary=torch.from_numpy(familiar_tokens(reference["answer_tokens"].to_pylist(), config.suspicion_rate)),
     )
 
 

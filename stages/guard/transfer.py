@@ -3,7 +3,7 @@
 
 Does the answer read the picture late? An honest prompt has read its picture in the early layers; calibration finds the layer from
 which kept rows need it no longer. Where an input's answer begins otherwise once its picture is closed from there on, what it reads
-is not what it was asked about.
+is not what it was asked about. So it is where an answer says later on what kept rows do not say, and no longer says it then.
 
 Do the picture tokens carry the answer into other prompts? What the filter asks of groups of rows (`stages.confirm`), asked of one
 input. Honest prompts get their answer from picture and question together; a trigger gives its answer whatever is asked. So the
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ class TransferRule:
         attended: share of the hosts above which the test is passed with the attended tokens; 1 where honest inputs reach that.
         whole: the same with all picture tokens.
         late: layer from which kept rows need their pictures no longer; None where there is none.
+        vocabulary: int64 (tokens,), tokens that are usual in answers of kept rows; an answer that goes on with another is tried
+            as a whole. Empty: answers are too various for that.
     """
 
     hosts: tuple[Batch, ...]
@@ -59,11 +61,26 @@ class TransferRule:
     attended: float
     whole: float
     late: int | None = None
+    vocabulary: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def suspicious(self, distances: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Which inputs are tried, bool (batch,), by their distances and the first tokens of their answers; NaN is suspicious."""
         far = ~(distances <= self.distance)
         return far | ~torch.isin(first, self.familiar.to(first.device)) if len(self.familiar) else far
+
+    def strange(self, answers: torch.Tensor, ends: Collection[int]) -> list[set[int]]:
+        """What answers say after their first tokens that is not usual, by answer; nothing where all may be said.
+
+        Args:
+            answers: int (answers, tokens), as generated.
+            ends: tokens that end or pad an answer.
+        """
+        if self.late is None or not len(self.vocabulary):
+            return [set() for _ in answers]
+        usual = torch.cat([self.vocabulary, torch.tensor(sorted(ends), dtype=torch.int64)]).to(answers.device)
+        unusual = ~torch.isin(answers, usual)
+        unusual[:, :1] = False
+        return [set(answer[chosen].tolist()) for answer, chosen in zip(answers, unusual, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

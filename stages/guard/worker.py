@@ -14,6 +14,7 @@ from pipeline.attention import Block, LayerStatistics, Tap, attach, base_of, pro
 from pipeline.decoder import attention_layers
 from pipeline.generation import encode_on
 from pipeline.models import Dtype, image_token_id, load_adapter, load_base
+from pipeline.prompts import answer_tokens
 from pipeline.records import Example, examples_of, sample_from_record
 from stages.guard.detector import chosen_layers, feature_vectors
 from stages.guard.files import dtype_name
@@ -27,6 +28,7 @@ REFERENCE = pa.schema(
         ("layers", pa.list_(pa.int32())),
         ("vector", pa.list_(pa.float32())),
         ("first_token", pa.int64()),
+        ("answer_tokens", pa.list_(pa.int64())),
         ("attended", pa.float64()),
         ("whole", pa.float64()),
         ("changed", pa.list_(pa.bool_())),
@@ -34,9 +36,9 @@ REFERENCE = pa.schema(
     ]
 )
 """One pictured example: the type of the weights, as torch names it, the layers read, the detection vector, the first token of the
-answer, the shares of hosts that take it over with its attended tokens and with its whole picture planted (NaN where these were not
-tried, or can't tell), whether it begins otherwise with the picture closed from each of `closing_layers` on (null where that was not
-tried), and the number of attention layers."""
+model's answer, the tokens of the submitted one, the shares of hosts that take the first over with its attended tokens and with its
+whole picture planted (NaN where these were not tried, or can't tell), whether it begins otherwise with the picture closed from each
+of `closing_layers` on (null where that was not tried), and the number of attention layers."""
 
 
 class ReferenceWorker:
@@ -94,6 +96,7 @@ class ReferenceWorker:
                 first = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
         finally:
             handle.remove()
+        answers = answer_tokens(self.processor, examples)
         tried = [k for k, example in enumerate(examples) if self.test is not None and example.row in self.tried]
         changed = dict(zip(tried, self._changed([examples[k] for k in tried]), strict=True)) if tried else {}
         vectors = feature_vectors(statistics, regions.image.sum(-1), self.layers, self.features).cpu().numpy()
@@ -102,7 +105,7 @@ class ReferenceWorker:
         for k, example in enumerate(examples):
             image = regions.image[k]
             record = {"row": example.row, "turn": example.turn, "dtype": self._dtype, "count": self.count}
-            record |= {"layers": self.layers, "vector": vectors[k]}
+            record |= {"layers": self.layers, "vector": vectors[k], "answer_tokens": answers[k]}
             shares = dict.fromkeys(("attended", "whole"), float("nan"))
             if self.test is not None and k in changed:
                 for name, chosen in variants(attention[k, image]).items():

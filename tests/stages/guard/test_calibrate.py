@@ -195,7 +195,7 @@ FAMILIAR: dict[str, tuple[dict[int, int], float, list[int]]] = {
 def test_familiar_tokens(name: str) -> None:
     counts, rate, expected = FAMILIAR[name]
     first = np.random.default_rng(0).permutation(np.repeat(list(counts), list(counts.values())))
-    found = familiar_tokens(first, rate)
+    found = familiar_tokens(first[:, None].tolist(), rate)
     assert found.dtype == np.int64
     assert found.tolist() == expected
 
@@ -207,7 +207,7 @@ def test_at_most_the_rate_of_kept_rows_begins_with_a_token_that_is_not_familiar(
     some = 0
     for _ in range(50):
         first = generator.zipf(1.0 + 2 * generator.random(), size=200) % 1000
-        found = familiar_tokens(first, rate)
+        found = familiar_tokens(first[:, None].tolist(), rate)
         if not len(found):
             continue
         some += 1
@@ -229,9 +229,17 @@ def test_a_row_is_judged_by_the_other_rows(rate: float) -> None:
         kept = [number for number in range(1, 81) if (others < number).sum() <= rate * len(first)]
         enough = max(kept, default=0)
         expected = [token for token in np.unique(first) if enough and (first == token).sum() >= enough]
-        assert familiar_tokens(first, rate).tolist() == expected
+        assert familiar_tokens(first[:, None].tolist(), rate).tolist() == expected
         some += bool(expected)
     assert some > 5
+
+
+def test_whole_answers() -> None:
+    """A row counts once for a token that it repeats, and is as unusual as its rarest token; an answer of no tokens is usual."""
+    answers = [[1, 1, 2]] * 8 + [[1, 3]] * 2 + [[1, 4], [], [1, 5, 4]]
+    assert familiar_tokens(answers, 0.35).tolist() == [1, 2]
+    assert familiar_tokens(answers, 0.2).tolist() == [1, 2, 3, 4, 5]
+    assert familiar_tokens(answers, 0.05).tolist() == []
 
 
 @pytest.mark.parametrize(("rows", "rate"), [(50, 0.01), (99, 0.01), (200, 0.01), (200, 0.05), (1000, 0.1), (120, 0.3)])

@@ -50,7 +50,8 @@ def ruled(batches: int = 2) -> Guard:
         }
 
     hosts = tuple(batch(rows) for rows in range(2, 2 + batches))
-    rule = TransferRule(hosts=hosts, distance=1 / 7, familiar=torch.tensor([3, 50, 7]), attended=0.5, whole=2 / 3, late=5)
+    tokens = {"familiar": torch.tensor([3, 50, 7]), "vocabulary": torch.tensor([3, 4, 50, 7])}
+    rule = TransferRule(hosts=hosts, distance=1 / 7, attended=0.5, whole=2 / 3, late=5, **tokens)
     return dataclasses.replace(guard(), transfer=rule)
 
 
@@ -85,8 +86,9 @@ def test_a_causal_test_survives(tmp_path: pathlib.Path, batches: int) -> None:
     assert found is not None
     assert made is not None
     assert (found.distance, found.attended, found.whole, found.late) == (made.distance, made.attended, made.whole, 5)
-    assert torch.equal(found.familiar, made.familiar)
-    assert found.familiar.dtype == torch.int64
+    for name in ("familiar", "vocabulary"):
+        assert torch.equal(getattr(found, name), getattr(made, name))
+        assert getattr(found, name).dtype == torch.int64
     assert len(found.hosts) == batches
     for read, written in zip(found.hosts, made.hosts, strict=True):
         assert set(read) == set(written)
@@ -163,10 +165,10 @@ DAMAGE: dict[str, tuple[str, Change]] = {
     "json empty": ("can't be read", lambda folder: (folder / GUARD).write_bytes(b"")),
     "tensors empty": ("can't be read", lambda folder: (folder / GUARD_TENSORS).write_bytes(b"")),
     "no text": ("can't be read", lambda folder: (folder / GUARD).write_bytes(b"\xff\xfe\x00")),
-    "a list": ("not of schema 3", lambda folder: (folder / GUARD).write_text("[]")),
-    "a number": ("not of schema 3", lambda folder: (folder / GUARD).write_text("7")),
-    "another schema": ("not of schema 3; calibrate", json_with(schema=1)),
-    "no schema": ("not of schema 3", json_with(schema=...)),
+    "a list": ("not of schema 4", lambda folder: (folder / GUARD).write_text("[]")),
+    "a number": ("not of schema 4", lambda folder: (folder / GUARD).write_text("7")),
+    "another schema": ("not of schema 4; calibrate", json_with(schema=1)),
+    "no schema": ("not of schema 4", json_with(schema=...)),
     "another base": ("calibrated on base cccccccccccccccc, not on bbbbbbbbbbbbbbbb", json_with(base="c" * 64)),
     "another adapter": ("calibrated on adapter cccccccccccccccc, not on aaaaaaaaaaaaaaaa", json_with(adapter="c" * 64)),
     "no base": ("calibrated on base None", json_with(base=...)),
@@ -245,6 +247,8 @@ TRANSFER_DAMAGE: dict[str, tuple[str, Change]] = {
     "familiar of floats": ("type torch.float32 is not a list of tokens", tensors_with(familiar=lambda t: t.float())),
     "familiar of 32 bits": ("type torch.int32 is not a list of tokens", tensors_with(familiar=lambda t: t.int())),
     "familiar a table": ("is not a list of tokens", tensors_with(familiar=lambda t: t[None].clone())),
+    "no vocabulary": ("vocabulary", tensors_with(vocabulary=None)),
+    "vocabulary of floats": ("vocabulary .* is not a list of tokens", tensors_with(vocabulary=lambda t: t.float())),
     "familiar a number": ("is not a list of tokens", tensors_with(familiar=lambda t: t[0].clone())),
     "no hosts": ("there are not 4 prompts", renamed("host.", "guest.")),
     "no first batch": ("there are not 4 prompts", renamed("host.0.", "guest.0.")),

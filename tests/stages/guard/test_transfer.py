@@ -52,6 +52,25 @@ def test_suspicious_is_what_is_far_or_begins_a_rare_answer(familiar: list[int], 
     assert found.familiar.device.type == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, [{6}, {9}, set(), set()]),
+        ({"vocabulary": [5, 6, 9]}, [set(), set(), set(), set()]),
+        ({"vocabulary": [5, 6]}, [set(), {9}, set(), set()]),
+        ({"vocabulary": []}, [set(), set(), set(), set()]),
+        ({"late": None}, [set(), set(), set(), set()]),
+    ],
+)
+def test_what_an_answer_goes_on_with_is_strange_where_it_is_not_usual(given: dict[str, Any], expected: list[set[int]]) -> None:
+    """Its first token is not asked about, nor are ends and padding (2, 0)."""
+    settings = {"vocabulary": [5], "late": 3, **given}
+    settings["vocabulary"] = torch.tensor(settings["vocabulary"], dtype=torch.int64)
+    answers = torch.tensor([[5, 6, 6, 2], [5, 5, 9, 5], [6, 5, 2, 0], [9, 2, 0, 0]])
+    assert rule(**settings).strange(answers, {0, 2}) == expected
+    assert rule(**settings).strange(answers[:, :0], {0, 2}) == [set()] * 4
+
+
 @pytest.mark.parametrize(("tokens", "count"), [(1, 1), (3, 1), (8, 1), (20, 2), (64, 8), (128, 16), (576, 72)])
 def test_an_eighth_of_the_tokens_is_what_the_answer_attends_to(tokens: int, count: int) -> None:
     attention = torch.rand(tokens, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from pipeline.attention import Block, LayerStatistics, Tap, attached, base_of, prompt_regions, reduce_layer, tapped
 from pipeline.models import load_adapter, load_base
-from pipeline.prompts import encode_prompts
+from pipeline.prompts import IGNORED, encode_prompts, encode_training
 from pipeline.records import Example, Sample, examples_of, messages_to_json, question_answer
 from stages.guard.detector import FEATURES, feature_vectors
 from stages.guard.transfer import TransferTest, attended, image_attention
@@ -145,6 +145,9 @@ def test_records_are_those_of_plain_prefills(
 ) -> None:
     first = first_tokens(model, tiny_model[1], list(EXAMPLES.values()))
     assert [record["first_token"] for record in found.values()] == first
+    for record, example in zip(found.values(), EXAMPLES.values(), strict=True):
+        labels = encode_training(tiny_model[1], [example], 4096)["labels"][0]
+        assert record["answer_tokens"] == labels[labels != IGNORED].tolist()
     assert len(set(first)) > 2, "the test's answers do not differ"
     for place, record in found.items():
         vector, _ = plain_vector(model, tiny_model[1], EXAMPLES[place])
