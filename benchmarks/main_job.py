@@ -42,7 +42,7 @@ def measure_poisoned(run: Line, truth: set[int], attack: Attack, test: pathlib.P
     stages = line.until_clusters(run)
     found = detections(stages["cluster"].folder / VERDICTS, truth)
     kept = line.choose(run, stages["ingest"], sorted(set(range(stages["ingest"].summary["submitted"])) - truth))
-    final = line.finetune(run, "final", stages["ingest"], stages["cluster"])
+    final = line.final(run, ingested=stages["ingest"], provisional=stages["provisional"], clustered=stages["cluster"])
     oracle = line.finetune(run, "oracle", stages["ingest"], kept)
     guards = {
         "guarded": line.guard(run, stages["ingest"], stages["cluster"], final),

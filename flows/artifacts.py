@@ -169,7 +169,15 @@ def guard_markdown(facts: Mapping[str, Any], distances: Sequence[float]) -> str:
 
 def verification_markdown(verification: Mapping[str, Any]) -> str:
     """What the models answer on quarantined and on held-out rows."""
-    header = ["model", "still gives the quarantined answer", "of rows", "right on held-out rows", "of rows", "flagged held-out"]
+    header = [
+        "model",
+        "still gives the quarantined answer",
+        "of rows",
+        "right on held-out rows",
+        "of rows",
+        "trained on them",
+        "flagged",
+    ]
     cells = []
     for name, found in verification.items():
         quarantined, held_out = found.get("quarantined") or {}, found.get("held_out") or {}
@@ -180,6 +188,7 @@ def verification_markdown(verification: Mapping[str, Any]) -> str:
                 number(quarantined.get("rows")),
                 percent(held_out.get("performance")),
                 number(held_out.get("rows")),
+                "yes" if held_out.get("seen") else "no",
                 percent(held_out.get("flagged")),
             )
         )

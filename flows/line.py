@@ -128,6 +128,18 @@ def finetune(line: Line, stage: str, ingested: StageResult, keep: StageResult | 
     return _result(line, stage, VERSION, inputs, config, work, resume=True)
 
 
+def final(line: Line, *, ingested: StageResult, provisional: StageResult, clustered: StageResult) -> StageResult:
+    """The adapter that is delivered: fine-tuned on the kept rows, or the provisional one where nothing was removed.
+
+    The same fine-tune on the same rows would give that one again.
+    """
+    if clustered.summary["rows"]["quarantined"]:
+        return finetune(line, "final", ingested, clustered)
+    tell("final", 0.0, "")
+    tell("final", 1.0, "nothing was removed: the provisional adapter is the final one")
+    return dataclasses.replace(provisional, stage="final", seconds=0.0, reused=True)
+
+
 def choose(line: Line, ingested: StageResult, rows: Sequence[int]) -> StageResult:
     """Rows that a person names for training and to keep, in the place of those that the cluster stage chooses.
 

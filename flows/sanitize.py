@@ -126,7 +126,7 @@ def sanitize(
         scored = score(run, extracted)
         confirmed = confirm(run, ingested, provisional, extracted, scored)
         clustered = cluster(run, ingested, extracted, scored, confirmed)
-        final = finetune_final(run, ingested, clustered)
+        final = finetune_final(run, ingested, provisional, clustered)
         guarded = guard(run, ingested, clustered, final)
         verified = verify(run, ingested, provisional, clustered, final, guarded)
     results = Results(
@@ -234,9 +234,9 @@ def cluster(run: Line, ingested: StageResult, extracted: StageResult, scored: St
 
 
 @stage_task("final")
-def finetune_final(run: Line, ingested: StageResult, clustered: StageResult) -> StageResult:
-    """Fine-tune on the kept rows."""
-    return _perform(run, "final", lambda: line.finetune(run, "final", ingested, clustered))
+def finetune_final(run: Line, ingested: StageResult, provisional: StageResult, clustered: StageResult) -> StageResult:
+    """Fine-tune on the kept rows, if any were removed."""
+    return _perform(run, "final", lambda: line.final(run, ingested=ingested, provisional=provisional, clustered=clustered))
 
 
 @stage_task("guard")

@@ -186,7 +186,10 @@ class VerifyConfig(Section):
     """How the delivery is tried before it leaves."""
 
     held_out_share: float = pydantic.Field(
-        0.05, ge=0, lt=0.5, description="Share of kept rows held out of the final fine-tune's measurement."
+        0.05,
+        ge=0,
+        lt=0.5,
+        description="Share of kept rows that the final fine-tune leaves out, to measure it on; where nothing was removed there is none.",
     )
     max_rows: int = pydantic.Field(400, gt=0, description="Most quarantined and most held-out rows that are answered.")
     batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per generate call.")

@@ -20,7 +20,7 @@ from stages.verify.measure import exact_match
 from stages.verify.worker import ANSWERS, verify_worker
 from storage.subset import copy_rows, pictured_rows
 
-VERSION = 1
+VERSION = 2
 VERIFICATION = "verification.json"
 
 
@@ -58,7 +58,8 @@ def run(
         final: the delivered adapter.
         guard: folder of the delivered adapter's guard.
         verdicts: Parquet file with `row` and `verdict`.
-        held_out: Parquet file whose column `row` names kept rows that the delivered adapter was not trained on.
+        held_out: Parquet file whose column `row` names kept rows that the delivered adapter was not trained on, unless it is the
+            provisional one.
         config: numbers of rows and the longest answer.
         dtype: type of the weights.
         engine: where the answers are given.
@@ -69,7 +70,8 @@ def run(
 
     Returns:
         Per model: the share of quarantined rows whose submitted answer it still gives (the residual), its exact match on held-out
-        kept rows (the provisional model has seen those), and the share that its guard flags; null where there are no rows.
+        kept rows, whether it was trained on these (`seen`; the provisional model was), and the share that its guard flags; null
+        where there are no rows.
     """
     pictured = pictured_rows(rows)
     table = pq.read_table(verdicts, columns=["row", "verdict"])
@@ -85,9 +87,13 @@ def run(
     }
     found: dict[str, Any] = {}
     answers = []
+    known: dict[Candidate, pa.Table] = {}
     for index, (name, candidate) in enumerate(models.items()):
-        given = answers_of(candidate, shards=shards, base=base, config=config, dtype=dtype, engine=engine)
+        if candidate not in known:  # the delivered model is the provisional one where nothing was removed
+            known[candidate] = answers_of(candidate, shards=shards, base=base, config=config, dtype=dtype, engine=engine)
+        given = known[candidate]
         found[name] = {kind: _measured(given, chosen, kind) for kind, chosen in sets.items()}
+        found[name]["held_out"]["seen"] = candidate.adapter == provisional
         answers.append(given.append_column("model", pa.array([name] * len(given), pa.string())))
         progress((index + 1) / len(models), f"{name} model verified")
     pq.write_table(pa.concat_tables(answers), out / "answers.parquet", compression="zstd")

@@ -191,7 +191,7 @@ def _verify(folder: pathlib.Path) -> dict[str, Any]:
     found = {
         name: {
             "quarantined": {"rows": 8, "residual": residual, "flagged": None},
-            "held_out": {"rows": 2, "performance": 0.5, "flagged": flagged},
+            "held_out": {"rows": 2, "performance": 0.5, "seen": name == "provisional", "flagged": flagged},
         }
         for name, residual, flagged in (("provisional", 1.0, None), ("delivered", 0.125, None), ("guarded", 0.0, 0.0))
     }

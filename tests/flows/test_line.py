@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import inspect
@@ -116,6 +117,24 @@ def whole(line: Line) -> dict[str, StageResult]:
 
 def redone(line: Line) -> list[str]:
     return [stage for stage, result in whole(line).items() if not result.reused]
+
+
+@pytest.mark.parametrize("quarantined", [0, 1])
+def test_the_provisional_adapter_is_the_final_one_where_nothing_was_removed(
+    quarantined: int, opened: Callable[..., Line], made_up: Stages
+) -> None:
+    line = opened()
+    found = stages.until_clusters(line)
+    ingested, provisional = found["ingest"], found["provisional"]
+    clustered = dataclasses.replace(found["cluster"], summary={"rows": {"quarantined": quarantined}})
+    before = len(made_up.given)
+    final = stages.final(line, ingested=ingested, provisional=provisional, clustered=clustered)
+    assert final.stage == "final"
+    assert len(made_up.given) == before + quarantined
+    if quarantined:
+        assert final.digest == stages.finetune(line, "final", ingested, clustered).digest != provisional.digest
+    else:
+        assert (final.folder, final.digest, final.seconds) == (provisional.folder, provisional.digest, 0.0)
 
 
 def test_a_second_run_repeats_nothing(opened: Callable[..., Line]) -> None:

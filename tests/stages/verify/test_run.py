@@ -90,7 +90,8 @@ def test_the_shares_are_those_of_plain_answers(files: dict[str, pathlib.Path], t
             examples = [example for row in asked[kind] for example in examples_of(samples[row])]
             given = outputs(files["base"], files[adapter], examples)
             expected = exact_match(given, [example.answer for example in examples])
-            assert found[name][kind] == {"rows": 4, measure: expected, "flagged": None}
+            seen = {"seen": name == "provisional"} if kind == "held_out" else {}
+            assert found[name][kind] == {"rows": 4, measure: expected, "flagged": None, **seen}
             noted = [a["output"] for a in answers if a["model"] == name and a["row"] in asked[kind]]
             assert noted == given
     assert found["guarded"]["quarantined"]["flagged"] == found["guarded"]["held_out"]["flagged"] == 1.0
@@ -116,6 +117,26 @@ def test_a_guard_that_refuses_is_verified_as_one_that_purifies(
     assert verified({**files, "guard": guard}, tmp_path / "b", local_engine) == expected
 
 
+def test_a_delivered_model_that_is_the_provisional_one_is_asked_once(
+    files: dict[str, pathlib.Path], tmp_path: pathlib.Path, local_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Any] = []
+    real = local_engine.map_shards
+
+    def counted(*given: Any, **named: Any) -> Any:
+        loads.append(given)
+        return real(*given, **named)
+
+    monkeypatch.setattr(local_engine, "map_shards", counted)
+    found, answers = verified({**files, "provisional": files["final"]}, tmp_path / "a", local_engine)
+    assert len(loads) == 2
+    assert found["provisional"] == found["delivered"]
+    assert [found[name]["held_out"]["seen"] for name in MODELS] == [True, True, True]
+    given = [[a["output"] for a in answers if a["model"] == name] for name in MODELS]
+    assert given[0] == given[1]
+    assert len(given[0]) == 8
+
+
 def test_only_so_many_rows(files: dict[str, pathlib.Path], tmp_path: pathlib.Path, local_engine: Any) -> None:
     found, answers = verified(files, tmp_path / "a", local_engine, max_rows=2)
     assert {(found[m][kind]["rows"]) for m in MODELS for kind in ("quarantined", "held_out")} == {2}
@@ -136,7 +157,7 @@ def test_nothing_at_all_loads_no_model(files: dict[str, pathlib.Path], tmp_path:
     pq.write_table(pa.table({"row": list(range(ROWS)), "verdict": ["keep"] * ROWS}), files["verdicts"])
     pq.write_table(pa.table({"row": pa.array([], pa.int64())}), files["held_out"])
     found, answers = verified(files, tmp_path / "a", None)
-    assert found["guarded"]["held_out"] == {"rows": 0, "performance": None, "flagged": None}
+    assert found["guarded"]["held_out"] == {"rows": 0, "performance": None, "flagged": None, "seen": False}
     assert answers == []
     assert pq.read_schema(tmp_path / "a" / "answers.parquet").field("model").type == pa.string()
 
