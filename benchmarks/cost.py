@@ -1,11 +1,12 @@
 """Suite `cost`: seconds and peak memory of every stage of the line, against one plain fine-tune of the same rows.
 
 A cell is a submission of so many rows, clean or poisoned, that goes through the whole line in a store of its own, on Ray with so
-many workers of one thread each. Seconds are wall clock. Memory is the most that all processes of the run held at once (Ray's own
-and the driver among them), as the sum of their proportional set sizes, looked at four times a second; files that are mapped into
-memory count, although the system can take those back. `engine` is Ray's start and end. The plain fine-tune is the provisional one:
-the same function on all rows as they were submitted, which is all that `byesight finetune` does after it has read them; Ray's start
-is in neither. Prefect is left out: its server and pages, and the start of Python.
+many workers of one thread each. Seconds are by the clock, and of the processors over all processes of the run (Ray's own and the
+driver among them), which other load on the machine changes less. Memory is the most that these processes held at once, as the sum
+of their proportional set sizes, looked at four times a second; files that are mapped into memory count, although the system can
+take those back. `engine` is Ray's start and end. The plain fine-tune is the provisional one: the same function on all rows as they
+were submitted, which is all that `byesight finetune` does after it has read them; Ray's start is in neither. Prefect is left out:
+its server and pages, and the start of Python.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ RECORDS = (ENGINE, *STAGES, PLAIN, WHOLE)
 """In the order of the tables."""
 _QUICK = (60,)
 _PLACE = ["rows", "workers", "submission", "data", "base", "seed"]
+_FIGURES = ("seconds", "processor", "memory")
 _GIB = 2**30
 
 
@@ -73,7 +75,8 @@ def measure(cell: Cell, setting: Setting, folder: pathlib.Path, names: Sequence[
     used = sanitized(submission, setting.base, configuration(setting, seed, int(cell.fields["workers"])), fresh)
     shutil.rmtree(fresh)
     for name in names:
-        yield {"stage": name, "seconds": round(used[name].seconds, 3), "memory": used[name].memory}
+        one = used[name]
+        yield {"stage": name, "seconds": round(one.seconds, 3), "processor": round(one.processor, 3), "memory": one.memory}
 
 
 def configuration(setting: Setting, seed: int, workers: int) -> RunConfig:
@@ -133,7 +136,11 @@ def sanitized(submission: pathlib.Path, base: pathlib.Path, config: RunConfig, p
         with usage.stage("delivery"):
             deliver_results(run, results, place / "delivery")
     used = usage.stages
-    whole = Used(seconds=sum(one.seconds for one in used.values()), memory=max(one.memory for one in used.values()))
+    whole = Used(
+        seconds=sum(one.seconds for one in used.values()),
+        processor=sum(one.processor for one in used.values()),
+        memory=max(one.memory for one in used.values()),
+    )
     return {**used, PLAIN: used["provisional"], WHOLE: whole}
 
 
@@ -147,25 +154,21 @@ def report(frame: pd.DataFrame) -> str:
         group = _against(cells, "rows", sizes[0], "growth")
         whole = group[group["stage"] == WHOLE]
         parts += [f"## Data {data}, base {base}", "### The whole line, in plain fine-tunes of the same rows"]
-        parts.append(_by_size(whole, sizes, {"": "ratio"}))
+        parts.append(_by_size(whole, sizes, {"seconds": "ratio_seconds", "processor": "ratio_processor"}))
         if len(sizes) > 1:
             parts += [f"### The whole line, as multiples of what {sizes[0]} rows take"]
-            parts.append(_by_size(whole, sizes[1:], {"seconds": "growth", "memory": "growth_memory"}))
+            parts.append(_by_size(whole, sizes[1:], {"seconds": "growth_seconds", "memory": "growth_memory"}))
         for (workers, submission), one in group.groupby(["workers", "submission"]):
             parts += [f"### {str(submission).capitalize()}, workers: {workers}", _by_stage(one, sizes)]
     return "\n\n".join(parts)
 
 
 def _against(frame: pd.DataFrame, field: str, value: Any, name: str) -> pd.DataFrame:
-    """Seconds and memory over those of the record that differs in one field alone, as columns NAME and NAME_memory."""
+    """Each figure over that of the record that differs in one field alone, as columns NAME_FIGURE."""
     others = [column for column in ("stage", *_PLACE) if column != field]
-    reference = frame[frame[field] == value].set_index(others)
-    known = frame.join(reference[["seconds", "memory"]].rename(columns=lambda column: f"{column}_reference"), on=others)
-    ratios = {
-        name: known["seconds"] / known["seconds_reference"],
-        f"{name}_memory": known["memory"] / known["memory_reference"],
-    }
-    return frame.assign(**ratios)
+    reference = frame[frame[field] == value].set_index(others)[list(_FIGURES)]
+    known = frame.join(reference.rename(columns=lambda column: f"reference_{column}"), on=others)
+    return frame.assign(**{f"{name}_{column}": known[column] / known[f"reference_{column}"] for column in _FIGURES})
 
 
 def _by_size(frame: pd.DataFrame, sizes: Sequence[int], columns: dict[str, str]) -> str:
@@ -179,14 +182,20 @@ def _by_size(frame: pd.DataFrame, sizes: Sequence[int], columns: dict[str, str])
 
 
 def _by_stage(frame: pd.DataFrame, sizes: Sequence[int]) -> str:
-    """A row per stage; for each size seconds, the same in plain fine-tunes, and memory."""
-    header = ["stage", *(f"{rows} rows, {what}" for rows in sizes for what in ("seconds", "plain fine-tunes", "GiB"))]
+    """A row per stage; for each size seconds by the clock and of the processors, either in plain fine-tunes too, and memory."""
+    columns = ("seconds", "plain fine-tunes", "processor seconds", "plain fine-tunes", "GiB")
     rows = []
     for stage in RECORDS:
         cells = [frame[(frame["stage"] == stage) & (frame["rows"] == size)] for size in sizes]
-        figures = ((cell_text(one["seconds"], scale=1), _figure(one["ratio"]), _figure(one["memory"] / _GIB)) for one in cells)
-        rows.append([stage, *(figure for three in figures for figure in three)])
-    return markdown(header, rows)
+        rows.append([stage, *(text for one in cells for text in _stage_texts(one))])
+    return markdown(["stage", *(f"{rows} rows, {what}" for rows in sizes for what in columns)], rows)
+
+
+def _stage_texts(cells: pd.DataFrame) -> Iterator[str]:
+    for column in ("seconds", "processor"):
+        yield cell_text(cells[column], scale=1)
+        yield _figure(cells[f"ratio_{column}"])
+    yield _figure(cells["memory"] / _GIB)
 
 
 def _figure(values: pd.Series[float]) -> str:

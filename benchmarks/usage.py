@@ -17,25 +17,33 @@ from typing import Self
 import psutil
 
 INTERVAL = 0.25
-"""Seconds between two looks at the memory."""
+"""Seconds between two looks at the processes."""
 _MORE = 1.01
 """Growth of the resident memory upon which a look counts exactly: that takes 6 ms per process, the sum of resident sizes 0.1 ms."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Used:
-    """What a stage took: wall-clock seconds, and the most memory that was seen at once, bytes."""
+    """What a stage took.
 
-    seconds: float
-    memory: int
+    Attributes:
+        seconds: by the clock.
+        processor: seconds of processors over all processes; other load on the machine changes them little.
+        memory: the most that was seen at once, bytes.
+    """
+
+    seconds: float = 0.0
+    processor: float = 0.0
+    memory: int = 0
 
 
 class Usage:
-    """A context manager whose thread looks at the memory now and then; `stage` tells what belongs to which name."""
+    """A context manager whose thread looks at the processes now and then; `stage` tells what belongs to which name."""
 
     def __init__(self, interval: float = INTERVAL) -> None:
         self.stages: dict[str, Used] = {}
         self._peak = self._resident = 0
+        self._worked: dict[psutil.Process, float] = {}
         self._looking = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look_on, args=(interval,), daemon=True)
@@ -43,14 +51,19 @@ class Usage:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure a block; blocks of one name add up, their memory is the larger."""
+        self._look()
         with self._looking:  # a look that began before counts for what was before
             self._peak = self._resident = 0
-        started = time.perf_counter()
+        worked, started = sum(self._worked.values()), time.perf_counter()
         yield
         seconds = time.perf_counter() - started
         self._look()
-        known = self.stages.get(name, Used(seconds=0.0, memory=0))
-        self.stages[name] = Used(seconds=known.seconds + seconds, memory=max(known.memory, self._peak))
+        known = self.stages.get(name, Used())
+        self.stages[name] = Used(
+            seconds=known.seconds + seconds,
+            processor=known.processor + sum(self._worked.values()) - worked,
+            memory=max(known.memory, self._peak),
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -68,6 +81,10 @@ class Usage:
         with self._looking:
             own = psutil.Process()
             processes = (own, *own.children(recursive=True))
+            for process in processes:
+                with _alive():
+                    times = process.cpu_times()
+                    self._worked[process] = times.user + times.system
             resident = _sum(processes, lambda process: int(process.memory_info().rss))
             if resident > _MORE * self._resident:
                 self._resident = resident
@@ -77,6 +94,11 @@ class Usage:
 def _sum(processes: Sequence[psutil.Process], size: Callable[[psutil.Process], int]) -> int:
     total = 0
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended meanwhile
+        with _alive():
             total += size(process)
     return total
+
+
+def _alive() -> contextlib.AbstractContextManager[None]:
+    """Passes over a process that has ended meanwhile; what it did until the last look counts."""
+    return contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied)

@@ -93,6 +93,8 @@ def test_a_cell_in_miniature(tmp_path: pathlib.Path, tiny_base: pathlib.Path, mo
     found = {record["stage"]: record for record in records}
     assert found[PLAIN] == {**found["provisional"], "stage": PLAIN}
     assert found[WHOLE]["seconds"] == pytest.approx(sum(found[name]["seconds"] for name in (ENGINE, *STAGES)), abs=0.01)
+    assert found[WHOLE]["processor"] == pytest.approx(sum(found[name]["processor"] for name in (ENGINE, *STAGES)), abs=0.01)
+    assert found["provisional"]["processor"] > 0.5
     assert found[WHOLE]["memory"] == max(found[name]["memory"] for name in (ENGINE, *STAGES)) > 200e6
     assert found["provisional"]["seconds"] >= results.provisional.seconds
 
@@ -101,7 +103,13 @@ def records_of(cell: Cell, **seconds: float) -> list[dict[str, Any]]:
     """Records of a cell; the whole line takes 2 GiB, all else 1."""
     names = {"plain": PLAIN, "whole": WHOLE}
     return [
-        {**cell.fields, "stage": names.get(name, name), "seconds": value, "memory": (1 + (name == "whole")) * 2**30}
+        {
+            **cell.fields,
+            "stage": names.get(name, name),
+            "seconds": value,
+            "processor": 2 * value,
+            "memory": (1 + (name == "whole")) * 2**30,
+        }
         for name, value in seconds.items()
     ]
 
@@ -118,8 +126,14 @@ def test_tables_of_known_figures() -> None:
         scale = float(cell.fields["rows"]) / 1000 * (1 + float(cell.fields["seed"]))
         records += records_of(cell, extract=3 * scale, plain=10 * scale, whole=20 * scale)
     text = cost.report(pd.DataFrame.from_records(records))
-    assert "| poisoned | 2 | 2.00 ± 0.00 | 2.00 ± 0.00 |" in text  # fine-tunes, the same for either seed
+    assert (
+        "| poisoned | 2 | 2.00 ± 0.00 | 2.00 ± 0.00 | 2.00 ± 0.00 | 2.00 ± 0.00 |" in text
+    )  # fine-tunes, the same for either seed
     assert "| poisoned | 2 | 3.00 ± 0.00 | 1.00 ± 0.00 |" in text  # 3000 rows against 1000: seconds, memory
     stage = next(row for row in text.splitlines() if row.startswith("| extract |"))
-    assert stage == "| extract | 4.5 ± 19.1 | 0.30 ± 0.00 | 1.00 ± 0.00 | 13.5 ± 57.2 | 0.30 ± 0.00 | 1.00 ± 0.00 |"
+    small, large = (
+        f"{seconds} | 0.30 ± 0.00 | {processor} | 0.30 ± 0.00 | 1.00 ± 0.00"
+        for seconds, processor in (("4.5 ± 19.1", "9.0 ± 38.1"), ("13.5 ± 57.2", "27.0 ± 114.4"))
+    )
+    assert stage == f"| extract | {small} | {large} |"
     assert "| ingest | - | - | - |" in text

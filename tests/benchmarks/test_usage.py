@@ -64,6 +64,17 @@ def test_a_peak_that_is_over_before_the_stage_ends_is_seen() -> None:
     assert usage.stages["held"].memory - usage.stages["after"].memory >= SIZE * MIB
 
 
+def test_processor_seconds_of_a_process_that_ended_within_a_stage() -> None:
+    busy = "import time\nwhile time.process_time() < 1: pass\ntime.sleep(0.2)"
+    with Usage(interval=0.05) as usage:
+        with usage.stage("idle"):
+            time.sleep(0.3)
+        with usage.stage("busy"):
+            subprocess.run([sys.executable, "-c", busy], check=True)
+    assert usage.stages["idle"].processor < 0.3
+    assert 1 <= usage.stages["busy"].processor < 1.5
+
+
 def test_blocks_of_one_name_add_up() -> None:
     with Usage() as usage:
         with usage.stage("a"):
