@@ -19,7 +19,7 @@ import psutil
 INTERVAL = 0.25
 """Seconds between two looks at the processes."""
 _MORE = 1.01
-"""Growth of the resident memory upon which a look counts exactly: that takes 6 ms per process, the sum of resident sizes 0.1 ms."""
+"""Growth of the resident memory upon which a look counts exactly: that took 28 ms for five processes with torch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
