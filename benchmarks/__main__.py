@@ -24,10 +24,10 @@ def main() -> None:
         command.add_argument("--docs", type=pathlib.Path, default=None, help="write the tables there too (docs/results)")
     run.add_argument("--seeds", type=int, default=5, help="number of seeds, from --first-seed on")
     run.add_argument("--first-seed", type=int, default=0)
-    run.add_argument("--workers", type=int, default=2, help="cells at a time; each takes one core")
+    run.add_argument("--workers", type=int, default=2, help="cells at a time; each takes one core (cost: always one)")
     run.add_argument("--data", default="demo", help="a name of `benchmarks.data`, or an imagefolder with splits train and test")
     run.add_argument("--base", type=pathlib.Path, default=EMBEDDED_BASE)
-    run.add_argument("--rows", type=int, default=None)
+    run.add_argument("--rows", type=int, default=None, help="rows of a submission; each suite has its own default")
     run.add_argument("--test-rows", type=int, default=None)
     run.add_argument("--epochs", type=int, default=None)
     run.add_argument("--quick", action="store_true", help="everything in miniature")
@@ -43,7 +43,7 @@ def main() -> None:
             out=args.out,
             base=args.base,
             data=args.data,
-            rows=args.rows or (120 if small else 2800),
+            rows=args.rows or (min(120, suite.rows) if small else suite.rows),
             test_rows=args.test_rows or (16 if small else 300),
             epochs=args.epochs or (1 if small else 5),
             quick=small,

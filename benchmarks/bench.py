@@ -49,7 +49,7 @@ class Setting:
         out: folder of the bench's results.
         base: folder of the base model.
         data: `demo`, another name of `benchmarks.data`, or a folder with splits.
-        rows: rows of a submission.
+        rows: rows of a submission; 0 where none are named and the suite has sizes of its own.
         test_rows: rows of the test.
         epochs: passes of a fine-tune.
         quick: everything in miniature.
@@ -115,6 +115,9 @@ class Suite:
         report: Markdown of all records.
         asked: what records a cell gives beside `keys` where they are asked for by name.
         figures: PNG by file name of all records; the report shows them.
+        rows: rows of a submission where none are named; 0: the grid has sizes of its own.
+        timed: the records of a cell are timings of one run: cells are measured one at a time, each in a process of its own, and a
+            cell that lacks a record is measured again whole.
     """
 
     name: str
@@ -125,6 +128,8 @@ class Suite:
     report: Callable[[pd.DataFrame], str]
     asked: Callable[[Cell, Setting], Sequence[str]] = nothing_asked
     figures: Callable[[pd.DataFrame], Mapping[str, bytes]] = no_figures
+    rows: int = 2800
+    timed: bool = False
 
 
 def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers: int, only: Sequence[str] = ()) -> list[str]:
@@ -134,7 +139,7 @@ def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers:
         suite: what is measured.
         setting: how.
         cells: which.
-        workers: processes; each takes one torch thread.
+        workers: processes; each takes one torch thread. A timed suite takes one, whatever is said.
         only: keys to measure; empty measures all.
 
     Returns:
@@ -142,7 +147,8 @@ def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers:
     """
     failed = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    number_of, tasks = (1, 1) if suite.timed else (workers, None)
+    with ProcessPoolExecutor(number_of, mp_context=context, initializer=_one_thread, max_tasks_per_child=tasks) as pool:
         running = {pool.submit(_run_cell, suite, setting, cell, tuple(only)): cell for cell in cells}
         for number, future in enumerate(as_completed(running), 1):
             cell = running[future]
@@ -225,10 +231,16 @@ def _run_cell(suite: Suite, setting: Setting, cell: Cell, only: Sequence[str]) -
     missing = [key for key in known if key not in done and (not only or key in only)]
     if not missing:
         return 0
+    measured = suite.measure(cell, setting, setting.out / "work" / cell.name, known if suite.timed else missing)
+    lines = (json.dumps({**cell.fields, **record}) + "\n" for record in measured)
+    if suite.timed:
+        whole = list(lines)
+        atomic.write_file(path.absolute(), "".join(whole).encode())
+        return len(whole)
     count = 0
-    for record in suite.measure(cell, setting, setting.out / "work" / cell.name, missing):
+    for line in lines:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**cell.fields, **record}) + "\n")
+            file.write(line)
         count += 1
     return count
 

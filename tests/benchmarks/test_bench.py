@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,18 @@ from PIL import Image
 
 from benchmarks import bench, suites
 from benchmarks.attacks import ATTACKS
-from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, interval, read_records, run_suite, write_results
+from benchmarks.bench import (
+    Cell,
+    Record,
+    Setting,
+    Suite,
+    cell_text,
+    interval,
+    nothing_asked,
+    read_records,
+    run_suite,
+    write_results,
+)
 from benchmarks.clean import CLEAN, CLEAN_SUITE
 from benchmarks.data import VARIANTS
 from benchmarks.detection import DETECTION, RATES, RETRAINED, figures_of
@@ -34,10 +46,12 @@ ROWS, TEST_ROWS = 60, 2
 
 
 class Serial:
-    """In the place of a pool of processes: the work is done here and now."""
+    """In the place of a pool of processes: the work is done here and now; `pools` tells what pools were asked for."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    pools: ClassVar[list[tuple[int, int | None]]] = []
+
+    def __init__(self, workers: int, *, max_tasks_per_child: int | None, **_: Any) -> None:
+        self.pools.append((workers, max_tasks_per_child))
 
     def __enter__(self) -> Self:
         return self
@@ -100,10 +114,10 @@ class Counted:
             self.made.append(f"{cell.fields['seed']}{name}")
             yield {"what": name, "value": 1.0}
 
-    def run(self, out: pathlib.Path, *only: str, seeds: Sequence[int] = (0,)) -> list[str]:
+    def run(self, out: pathlib.Path, *only: str, seeds: Sequence[int] = (0,), workers: int = 1) -> list[str]:
         setting = Setting(out=out, base=out, data="demo", rows=1, test_rows=1, epochs=1)
         self.made = []
-        return run_suite(self.suite, setting, self.suite.grid(setting, seeds), workers=1, only=only)
+        return run_suite(self.suite, setting, self.suite.grid(setting, seeds), workers=workers, only=only)
 
 
 @pytest.fixture
@@ -141,6 +155,23 @@ def test_records_on_request(counted: Counted, tmp_path: pathlib.Path) -> None:
     assert counted.made == ["0d"]
     counted.run(tmp_path)
     assert counted.made == ["0a", "0c"]
+
+
+def test_a_timed_cell_is_measured_alone_and_whole(counted: Counted, tmp_path: pathlib.Path) -> None:
+    """Timings of two runs are not put together, and those of a run that failed are not kept."""
+    counted.suite = dataclasses.replace(counted.suite, timed=True, asked=nothing_asked)
+    counted.stop_at = "c"
+    assert counted.run(tmp_path, workers=2) == ["seed=0: RuntimeError: stopped"]
+    assert read_records("counted", tmp_path).empty
+    counted.stop_at = ""
+    counted.run(tmp_path, "b", seeds=(0, 1))
+    assert counted.made == ["0a", "0b", "0c", "1a", "1b", "1c"]
+    path = tmp_path / "counted/seed=1.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    counted.run(tmp_path, seeds=(0, 1))
+    assert counted.made == ["1a", "1b", "1c"]
+    assert read_records("counted", tmp_path)["what"].tolist() == ["a", "b", "c"] * 2
+    assert set(Serial.pools[-3:]) == {(1, 1)}
 
 
 def test_results_are_written_beside_the_records_and_to_the_docs(counted: Counted, tmp_path: pathlib.Path) -> None:
