@@ -113,7 +113,7 @@ def sanitized(submission: pathlib.Path, base: pathlib.Path, config: RunConfig, p
         with usage.stage("cluster"):
             clustered = line.cluster(run, ingested=ingested, scored=scored, confirmed=confirmed)
         with usage.stage("final"):
-            final = line.finetune(run, "final", ingested, clustered)
+            final = line.final(run, ingested=ingested, provisional=provisional, clustered=clustered)
         with usage.stage("guard"):
             guarded = line.guard(run, ingested, clustered, final)
         with usage.stage("verify"):

@@ -189,7 +189,7 @@ class VerifyConfig(Section):
         0.05,
         ge=0,
         lt=0.5,
-        description="Share of kept rows that the final fine-tune leaves out, to measure it on; where nothing was removed there is none.",
+        description="Share of kept rows that the final fine-tune leaves out, to measure it on; it is made where rows were removed.",
     )
     max_rows: int = pydantic.Field(400, gt=0, description="Most quarantined and most held-out rows that are answered.")
     batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per generate call.")
