@@ -9,6 +9,7 @@ import sys
 
 from benchmarks.bench import Setting, run_suite, write_results
 from benchmarks.suites import SUITES
+from pipeline.errors import ConfigError
 from pipeline.models import EMBEDDED_BASE
 
 
@@ -58,7 +59,10 @@ def main() -> None:
             for cell in suite.grid(setting, range(args.first_seed, args.first_seed + args.seeds))
             if all(str(cell.fields.get(field)) in values for field, values in wanted.items())
         ]
-        failed = run_suite(suite, setting, cells, workers=args.workers, only=keys)
+        try:
+            failed = run_suite(suite, setting, cells, workers=args.workers, only=keys)
+        except ConfigError as error:
+            parser.error(str(error))
     print(write_results(suite, args.out, args.docs, shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])))
     if failed:
         sys.exit("\n".join(failed))

@@ -24,6 +24,7 @@ import transformers
 from scipy.stats import t
 
 from pipeline.config import RunConfig, load_config
+from pipeline.errors import ConfigError
 from storage import atomic
 
 Record = dict[str, Any]
@@ -144,7 +145,11 @@ def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers:
 
     Returns:
         The cells that failed, each with its error.
+
+    Raises:
+        ConfigError: the suite has records in this folder that were measured in another setting.
     """
+    _hold_to(setting, suite)
     failed = []
     context = multiprocessing.get_context("spawn")
     number_of, tasks = (1, 1) if suite.timed else (workers, None)
@@ -213,6 +218,18 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
     )
+
+
+def _hold_to(setting: Setting, suite: Suite) -> None:
+    """Note the setting beside the records; raises ConfigError where another is noted there."""
+    told = {"test_rows": setting.test_rows, "epochs": setting.epochs, "quick": setting.quick}
+    told |= {"rows": setting.rows} if suite.rows else {}
+    path = (setting.out / suite.name / "setting.json").absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        atomic.write_file(path, json.dumps(told).encode())
+    elif (known := json.loads(path.read_bytes())) != told:
+        raise ConfigError(f"{path}: the records here were measured with {known}, not with {told}; name another --out")
 
 
 def _one_thread() -> None:

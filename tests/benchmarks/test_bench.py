@@ -38,6 +38,7 @@ from benchmarks.filters import FILTERS, Filtered, last_hidden
 from benchmarks.purification import PURIFICATION
 from flows.engines import LazyEngine
 from flows.line import open_line
+from pipeline.errors import ConfigError
 from pipeline.generation import encode_on
 from pipeline.models import load_adapter, load_base
 from pipeline.records import examples_of, sample_from_record
@@ -135,6 +136,17 @@ def test_a_record_that_is_there_is_not_made_again(counted: Counted, tmp_path: pa
     assert counted.run(tmp_path, seeds=(0, 1)) == []
     assert counted.made == []
     assert read_records("counted", tmp_path)["what"].tolist() == ["a", "b", "c"] * 2
+
+
+def test_another_setting_needs_another_folder(counted: Counted, tmp_path: pathlib.Path) -> None:
+    counted.run(tmp_path)
+    setting = Setting(out=tmp_path, base=tmp_path, data="demo", rows=2, test_rows=1, epochs=1)
+    with pytest.raises(ConfigError, match=r"'rows': 1.*not with .*'rows': 2.*--out"):
+        run_suite(counted.suite, setting, [], workers=1)
+    sizes_of_its_own = dataclasses.replace(counted.suite, name="sizes", rows=0)
+    for rows in (1, 2):
+        assert run_suite(sizes_of_its_own, dataclasses.replace(setting, rows=rows), [], workers=1) == []
+    assert len(read_records("counted", tmp_path)) == 3
 
 
 @pytest.mark.parametrize("cut", [1, 5])
