@@ -29,3 +29,7 @@ class StageError(ByeSightError):
 
 class RemovalCapError(StageError):
     """The rows to remove are more than the configured share; a person must look before anything is removed."""
+
+
+class RefusedInputError(ByeSightError):
+    """The guard's action is `refuse` and at least one input of the call was flagged; the guarded model's `records` say which."""

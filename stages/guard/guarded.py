@@ -24,8 +24,6 @@ import torch
 
 from pipeline.attention import (
     Block,
-    LayerStatistics,
-    PromptRegions,
     Tap,
     attach,
     base_of,
@@ -36,74 +34,26 @@ from pipeline.attention import (
     uncompiled,
 )
 from pipeline.decoder import attention_layers, is_hybrid
-from pipeline.errors import ByeSightError, ConfigError, ModelError
+from pipeline.errors import ConfigError, ModelError, RefusedInputError
 from pipeline.generation import RandomState
 from pipeline.models import image_token_id
-from stages.guard.closing import NEVER, Closing, copy_rows, taken_out
-from stages.guard.detector import Detector, feature_vectors
+from stages.guard.call import Call
+from stages.guard.closing import NEVER
+from stages.guard.detector import Detector
 from stages.guard.files import Guard, dtype_name
+from stages.guard.judge import Judge
 from stages.guard.policy import DEFAULT, Policy
-from stages.guard.purify import published_tokens, rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import Counters, GuardRecord
-from stages.guard.transfer import Carried, TransferRule, TransferTest, closing_layers, image_attention
+from stages.guard.transfer import TransferRule, TransferTest
 from stages.guard.ways import end_tokens, refuse_ways
 
 _log = logging.getLogger(__name__)
 
 
-class RefusedInputError(ByeSightError):
-    """The guard's action is `refuse` and at least one input of the call was flagged; `records` says which."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Call:
-    """The state of one `generate` call of one guarded model.
-
-    `says_late` is bool (inputs,), which of them are known to say what they would not say with their pictures closed late.
-    """
-
-    owner: GuardedModel
-    inputs: int
-    prompt: int
-    mask: torch.Tensor | None
-    says_late: torch.Tensor
-    tap: Tap = dataclasses.field(default_factory=Tap)
-    regions: PromptRegions | None = None
-    empty_cache: Any = None
-    embeddings: torch.Tensor | None = None
-    weights: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
-    statistics: dict[int, LayerStatistics] = dataclasses.field(default_factory=dict)
-    records: list[GuardRecord] = dataclasses.field(default_factory=list)
-    done: bool = False
-    seconds: float = 0.0
-
-    def forget(self) -> None:
-        """Let go of what the prefill alone needs."""
-        self.weights.clear()
-        self.statistics.clear()
-        self.embeddings = self.empty_cache = None
-
-    def afresh(self) -> _Call:
-        """The same call before it ran, with what is known of its answers."""
-        return _Call(owner=self.owner, inputs=self.inputs, prompt=self.prompt, mask=self.mask, says_late=self.says_late)
-
-    @property
-    def beams(self) -> int:
-        """Rows of the prefill's batch per input."""
-        return 1 if self.regions is None else len(self.regions.image) // self.inputs
-
-
-def _answers(output: Any, prompt: int) -> torch.Tensor:
-    """What was generated after the prompts, int (sequences, tokens)."""
-    sequences: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
-    return sequences[:, prompt:]
-
-
 _UNSEEN = ("pixel_values_videos", "input_features")
 """What processors give for videos and sound."""
 
-
-_CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("byesight_guard_call", default=None)
+_CALL: contextvars.ContextVar[Call | None] = contextvars.ContextVar("byesight_guard_call", default=None)
 
 
 class GuardedModel:
@@ -131,13 +81,11 @@ class GuardedModel:
         policy: Policy = DEFAULT,
     ) -> None:
         self.model = model
-        self.detector = detector.to(model.device)
-        self.policy = policy
         self._counters = Counters()
         self._last = threading.local()
         base = base_of(model)
         self._image_token_id = image_token_id(base.config)
-        self._layers = layers = len(attention_layers(base))
+        layers = len(attention_layers(base))
         if detector.layers[-1] >= layers:
             raise ModelError(f"the guard reads attention layer {detector.layers[-1]}, but {type(base).__name__} has {layers}")
         if policy.action == "purify" and is_hybrid(base):
@@ -147,13 +95,13 @@ class GuardedModel:
             )
         if policy.purification == "published" and detector.layers[-1] + 1 >= layers:
             raise ModelError(f"the published purification closes tokens after layer {detector.layers[-1]}, the last there is")
-        self.rule = transfer
         self._before = attach(model)
         try:
-            self._test = None if transfer is None else TransferTest(model, transfer.hosts)
+            test = None if transfer is None else TransferTest(model, transfer.hosts)
         except BaseException:
             detach(model, self._before)
             raise
+        self._judge = Judge(detector=detector.to(model.device), rule=transfer, test=test, policy=policy, layers=layers)
         self._handles = [
             base.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             base.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -199,6 +147,21 @@ class GuardedModel:
         self.detach()
 
     @property
+    def detector(self) -> Detector:
+        """The calibrated reference, on the model's device."""
+        return self._judge.detector
+
+    @property
+    def rule(self) -> TransferRule | None:
+        """The causal tests of suspicious inputs, if there are any."""
+        return self._judge.rule
+
+    @property
+    def policy(self) -> Policy:
+        """What happens to flagged inputs."""
+        return self._judge.policy
+
+    @property
     def records(self) -> list[GuardRecord]:
         """One per input of this thread's last `generate` call; empty where it failed before the detection."""
         return list(getattr(self._last, "records", []))
@@ -241,7 +204,7 @@ class GuardedModel:
             raise ConfigError(f"the guard looks at pictures alone, not at {', '.join(strange)}")
         refuse_ways(base_of(self.model), inputs)
         nothing = torch.zeros(prompt.shape[0], dtype=torch.bool, device=self.model.device)
-        call = _Call(
+        call = Call(
             owner=self,
             inputs=prompt.shape[0],
             prompt=prompt.shape[1],
@@ -269,7 +232,7 @@ class GuardedModel:
             # What was found counts also where the answer failed later; an attack that was seen is not a guard that failed.
             self._counters.add(call.records or unseen, refuses=self.policy.action == "refuse")
 
-    def _answer(self, call: _Call, inputs: Mapping[str, Any]) -> Any:
+    def _answer(self, call: Call, inputs: Mapping[str, Any]) -> Any:
         """What the model generates, watched; raises ModelError where it did without a prefill that the guard could see."""
         call.tap.observer = lambda layer, weights: self._observe(call, layer, weights)
         token = _CALL.set(call)
@@ -282,7 +245,7 @@ class GuardedModel:
             raise ModelError("the model answered without a prefill that the guard could see")
         return output
 
-    def _says_late(self, call: _Call, inputs: Mapping[str, Any], output: Any, draws: RandomState) -> torch.Tensor:
+    def _says_late(self, call: Call, inputs: Mapping[str, Any], output: Any, draws: RandomState) -> torch.Tensor:
         """Which inputs say something unusual that they would not say with their pictures closed late, bool (inputs,).
 
         Their answers are given once more, with the same random numbers. What was handed to the caller as it was made can't be taken
@@ -316,11 +279,11 @@ class GuardedModel:
             )
             for k, record in enumerate(call.records)
         ]
-        self._refuse(call)
+        self._judge.refuse(call)
         return found
 
     @contextlib.contextmanager
-    def _forgiving(self, call: _Call) -> Iterator[None]:
+    def _forgiving(self, call: Call) -> Iterator[None]:
         """The guard's own work; where it fails and the policy allows it, the call goes on unguarded."""
         try:
             yield
@@ -333,14 +296,14 @@ class GuardedModel:
             call.done, call.tap.observer, call.tap.block = True, None, None
             call.records = [GuardRecord.of_failure(self.detector.threshold)] * call.inputs
 
-    def _observe(self, call: _Call, layer: int, weights: torch.Tensor) -> None:
+    def _observe(self, call: Call, layer: int, weights: torch.Tensor) -> None:
         if call.regions is None or layer not in self.detector.layers:
             return
         with self._forgiving(call):
             self._reduce(call, layer, weights)
 
     @staticmethod
-    def _reduce(call: _Call, layer: int, weights: torch.Tensor) -> None:
+    def _reduce(call: Call, layer: int, weights: torch.Tensor) -> None:
         """Keep a layer's row of weights and its statistics."""
         assert call.regions is not None
         started = time.perf_counter()
@@ -356,7 +319,7 @@ class GuardedModel:
             with self._forgiving(call):
                 self._find_regions(call, kwargs)
 
-    def _find_regions(self, call: _Call, kwargs: dict[str, Any]) -> None:
+    def _find_regions(self, call: Call, kwargs: dict[str, Any]) -> None:
         """Where image and text lie in the prompts of a prefill; raises ConfigError where they can't be told."""
         input_ids = kwargs.get("input_ids")
         if input_ids is None or input_ids.shape[1] != call.prompt:
@@ -374,7 +337,7 @@ class GuardedModel:
     def _before_decoder(self, _module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the prefill of a guarded call: keep the picture as the decoder takes it."""
         call = _CALL.get()
-        if call is not None and call.owner is self and not call.done and self._test is not None:
+        if call is not None and call.owner is self and not call.done and self._judge.test is not None:
             call.embeddings = kwargs.get("inputs_embeds")
 
     @uncompiled
@@ -387,158 +350,13 @@ class GuardedModel:
         call.tap.observer = None
         try:
             with self._forgiving(call):
-                self._judge(call, module, kwargs, output)
+                self._judge.judge(call, module, kwargs, output)
         finally:
             call.forget()
         return output
 
-    def _judge(self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any) -> None:
-        """Detect, purify in place, and write the records; raises RefusedInputError where that is the action."""
-        assert call.regions is not None
-        started = time.perf_counter()
-        image = call.regions.image
-        ran = image.any(-1)
-        distances = torch.full(ran.shape, torch.nan, device=image.device)
-        transfers = distances.clone()
-        flagged, suspicious, late = (torch.zeros_like(ran) for _ in range(3))
-        closing = Closing.nothing(image)
-        if bool(ran.any()):
-            if unseen := [layer for layer in self.detector.layers if layer not in call.statistics]:
-                raise ModelError(f"attention layers {unseen} did not run in the prefill; the guard can't judge it")
-            vectors = feature_vectors(call.statistics, image.sum(-1), self.detector.layers, self.detector.features)
-            distances = self.detector.distances(vectors)
-            far = ran & ~(distances <= self.detector.threshold)
-            first = output.logits[:, -1].argmax(-1)
-            suspicious = torch.zeros_like(ran) if self.rule is None else ran & self.rule.suspicious(distances, first)
-            late = call.says_late.repeat_interleave(call.beams)
-            late = late | self._reads_late(call, module, kwargs, suspicious & ~far & ~late, first)
-            carried = self._carried(call, suspicious & ~late, first)
-            flagged = far | late
-            for k, found in carried.items():
-                transfers[k : k + call.beams] = found.share
-                flagged[k : k + call.beams] |= found.tokens is not None
-            if self.policy.action == "purify" and bool(flagged.any()):
-                if self.policy.purification == "published":
-                    closing = self._published_closing(call, flagged)
-                else:
-                    closing = self._closing(call, vectors, far, late, carried)
-                self._run_again(call, module, kwargs, output, closing, first)
-        milliseconds = 1000 * (call.seconds + time.perf_counter() - started)
-        call.records = [
-            GuardRecord(
-                ran=bool(ran[k]),
-                flagged=bool(flagged[k]),
-                distance=float(distances[k]),
-                threshold=self.detector.threshold,
-                tried=bool(suspicious[k]),
-                late=bool(late[k]),
-                transfer=float(transfers[k]),
-                tokens_pruned=int(closing.tokens[k].sum()),
-                rewind_layer=int(closing.layers[k]),
-                milliseconds=milliseconds,
-            )
-            for k in range(0, len(image), call.beams)  # beams of one input are alike
-        ]
-        self._refuse(call)
 
-    def _refuse(self, call: _Call) -> None:
-        """Raise RefusedInputError where that is the action and an input was flagged."""
-        count = sum(record.flagged for record in call.records)
-        if self.policy.action == "refuse" and count:
-            raise RefusedInputError(f"{count} of {call.inputs} inputs were flagged by the guard and refused")
-
-    def _reads_late(
-        self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], suspicious: torch.Tensor, first: torch.Tensor
-    ) -> torch.Tensor:
-        """Which suspicious inputs begin otherwise with their pictures closed in late layers, bool (batch,); one more prefill."""
-        if self.rule is None or self.rule.late is None or call.regions is None or not bool(suspicious.any()):
-            return torch.zeros_like(suspicious)
-        closed = Block(keys=call.regions.image, from_layer=torch.where(suspicious, self.rule.late, NEVER))
-        try:
-            again = self._prefill(call, module, kwargs, closed)
-        finally:
-            call.tap.block = None
-        changed: torch.Tensor = suspicious & (again.logits[:, -1].argmax(-1) != first)
-        return changed
-
-    def _carried(self, call: _Call, suspicious: torch.Tensor, first: torch.Tensor) -> dict[int, Carried]:
-        """What planting says of suspicious inputs, by the first row of each (its beams are alike)."""
-        if self._test is None or self.rule is None or call.regions is None or not bool(suspicious.any()):
-            return {}
-        if call.embeddings is None:
-            raise ModelError("the decoder was given no embeddings; the guard can't try suspicious inputs")
-        attention = image_attention(call.weights, call.regions.image)
-        found = {}
-        for k in suspicious.nonzero()[:, 0].tolist():
-            if k % call.beams == 0:
-                image = call.regions.image[k]
-                found[k] = self._test.carried(int(first[k]), call.embeddings[k, image], attention[k, image], self.rule)
-        return found
-
-    def _published_closing(self, call: _Call, flagged: torch.Tensor) -> Closing:
-        """What CleanSight closes in flagged rows."""
-        assert call.regions is not None
-        image, last = call.regions.image, self.detector.layers[-1]
-        tokens = published_tokens(call.weights[last], image, self.policy.tau) & flagged[:, None]
-        return dataclasses.replace(Closing.nothing(image), tokens=tokens, layers=torch.where(tokens.any(-1), last + 1, -1))
-
-    def _closing(
-        self, call: _Call, vectors: torch.Tensor, far: torch.Tensor, late: torch.Tensor, carried: Mapping[int, Carried]
-    ) -> Closing:
-        """What is closed in flagged rows, and from where on; where the attention is far from usual, its first such layer is."""
-        assert call.regions is not None
-        image = call.regions.image
-        deviations = self.detector.deviations(vectors)
-        tokens = stealing_tokens(call.weights, image, stealing_heads(self.detector, deviations)) & far[:, None]
-        proven = torch.zeros_like(far)
-        for k, found in carried.items():
-            if found.tokens is not None:
-                chosen = torch.zeros_like(image[k])
-                chosen[image[k]] = found.tokens
-                rows = slice(k, k + call.beams)
-                tokens[rows], proven[rows] = chosen, True
-        layers = torch.where(tokens.any(-1), rewind_layers(self.detector, deviations), -1)
-        blind = far & ~tokens.any(-1)  # no head concentrates, or the statistics are not numbers
-        tokens, layers = torch.where(blind[:, None], image, tokens), torch.where(blind, 0, layers)
-        begun, tried = proven & ~far, closing_layers(self._layers)
-        layers = torch.where(begun, tried[-1], layers)
-        if self.rule is not None and self.rule.late is not None:
-            tokens, layers = torch.where(late[:, None], image, tokens), torch.where(late, self.rule.late, layers)
-        return Closing(
-            tokens=tokens,
-            layers=layers,
-            proven=proven,
-            begun=begun,
-            image=image,
-            fewest=tokens,
-            tried=tried,
-        )
-
-    @staticmethod
-    def _prefill(call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], block: Block) -> Any:
-        """The output of the prefill made once more into a cache of its own, with tokens closed; they stay closed."""
-        call.tap.block = block
-        return module.forward(**{**kwargs, "past_key_values": copy.deepcopy(call.empty_cache)})
-
-    def _run_again(
-        self, call: _Call, module: torch.nn.Module, kwargs: dict[str, Any], output: Any, closing: Closing, first: torch.Tensor
-    ) -> None:
-        """Close tokens, and replace logits, hidden states and cache of their prompts by those of another prefill, in place.
-
-        An input whose picture is proven to carry its answer is closed on until its answer begins otherwise (`Closing.widen`).
-        """
-        purified = rows = closing.tokens.any(-1)
-        again = None
-        while bool(rows.any()):
-            again = self._prefill(call, module, kwargs, closing.block)
-            rows = closing.widen(rows & (again.logits[:, -1].argmax(-1) == first))
-        if again is None:
-            return
-        if output.past_key_values is not None:
-            for old, new in zip(output.past_key_values.layers, again.past_key_values.layers, strict=True):
-                copy_rows(vars(old), vars(new), purified)
-            if self.policy.pruning == "remove":
-                call.tap.kept = taken_out(base_of(self.model), output.past_key_values, call.tap.block)
-        for old, new in zip(output.get("hidden_states") or (), again.get("hidden_states") or (), strict=True):
-            old[purified] = new[purified]
-        output.logits[purified] = again.logits[purified]
+def _answers(output: Any, prompt: int) -> torch.Tensor:
+    """What was generated after the prompts, int (sequences, tokens)."""
+    sequences: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
+    return sequences[:, prompt:]

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from pipeline.attention import NAME, Block, Tap, attached, base_of, tapped
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RefusedInputError
 from pipeline.models import load_base
 from pipeline.prompts import encode_prompts
 from stages.guard.detector import Detector
-from stages.guard.guarded import GuardedModel, RefusedInputError
+from stages.guard.guarded import GuardedModel
 from stages.guard.policy import Action, Policy
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.records import GuardRecord
@@ -177,9 +177,8 @@ def test_a_distance_that_is_no_number_is_flagged(model: Any, even: Batch) -> Non
     with GuardedModel(model, detector, policy=Policy(action="purify")) as guarded:
         generated(guarded, even)
         assert all(record.flagged and math.isnan(record.distance) for record in guarded.records)
-        guarded.policy = Policy(action="refuse")
-        with pytest.raises(RefusedInputError, match="3 of 3"):
-            generated(guarded, even)
+    with GuardedModel(model, detector, policy=Policy(action="refuse")) as guarded, pytest.raises(RefusedInputError, match="3 of 3"):
+        generated(guarded, even)
 
 
 def test_text_alone(model: Any, tiny_model: tuple[Any, Any]) -> None:
@@ -254,9 +253,9 @@ def test_an_exception_inside_leaves_the_model_as_it_was(model: Any, batch: Batch
 
     with GuardedModel(model, detector_for(seen, 1, 1)) as guarded:
         inside = state(model)
-        for name in ("feature_vectors", "stealing_tokens", "reduce_layer", "prompt_regions"):
+        for name in ("judge.feature_vectors", "judge.stealing_tokens", "guarded.reduce_layer", "guarded.prompt_regions"):
             with monkeypatch.context() as patch:
-                patch.setattr(f"stages.guard.guarded.{name}", burst)
+                patch.setattr(f"stages.guard.{name}", burst)
                 with pytest.raises(MemoryError):
                     generated(guarded, batch)
             assert guarded.records == []

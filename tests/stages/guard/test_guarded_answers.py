@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from transformers.generation import BaseStreamer
 
 from pipeline.attention import Block, base_of
-from stages.guard.guarded import GuardedModel, RefusedInputError
+from pipeline.errors import RefusedInputError
+from stages.guard.guarded import GuardedModel
 from stages.guard.policy import Action, Policy
 from stages.guard.transfer import TransferRule
 from tests.stages.guard.detectors import plain_detector

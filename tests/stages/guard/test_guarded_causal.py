@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from pipeline.attention import Block, Tap, attached, base_of, tapped
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, RefusedInputError
 from pipeline.models import load_base
 from pipeline.prompts import encode_prompts
-from stages.guard.guarded import GuardedModel, RefusedInputError
+from stages.guard.guarded import GuardedModel
 from stages.guard.policy import Action, Policy
 from stages.guard.transfer import Carried, TransferRule, TransferTest, attended, image_attention
 from tests.stages.guard.detectors import plain_detector

@@ -19,6 +19,7 @@ from stages.extract.worker import ExtractWorker, records_to_table
 from stages.guard.closing import Closing, taken_out
 from stages.guard.detector import FEATURES, Detector, feature_vectors
 from stages.guard.guarded import GuardedModel
+from stages.guard.judge import Judge
 from stages.guard.policy import Action, Policy
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.transfer import TransferTest
@@ -97,7 +98,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         found.append(feature_vectors(*args))
         return found[-1]
 
-    monkeypatch.setattr("stages.guard.guarded.feature_vectors", spy)
+    monkeypatch.setattr("stages.guard.judge.feature_vectors", spy)
     return found
 
 
@@ -208,8 +209,8 @@ def test_taking_tokens_out_of_the_cache_is_masking_them(name: str, monkeypatch: 
         found.append(taken_out(*args))
         return found[-1]
 
-    monkeypatch.setattr(GuardedModel, "_closing", close)
-    monkeypatch.setattr("stages.guard.guarded.taken_out", spy)
+    monkeypatch.setattr(Judge, "_closing", close)
+    monkeypatch.setattr("stages.guard.judge.taken_out", spy)
     flags = plain_detector(layers=range(FAMILIES[name].attention_layers), heads=HEADS, threshold=1e-6)
     with GuardedModel(built.model, flags) as guarded:
         masked = generated(guarded, built.batch)

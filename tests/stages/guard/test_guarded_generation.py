@@ -17,13 +17,13 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCa
 from transformers.generation import BaseStreamer
 
 from pipeline.attention import Block, Tap, attached, tapped
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RefusedInputError
 from pipeline.models import image_token_id
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, Message, question_answer
 from stages.guard.detector import Detector
 from stages.guard.files import Guard
-from stages.guard.guarded import GuardedModel, RefusedInputError
+from stages.guard.guarded import GuardedModel
 from stages.guard.policy import Action, Policy
 from stages.guard.purify import rewind_layers, stealing_heads, stealing_tokens
 from stages.guard.transfer import Carried, TransferRule, TransferTest

@@ -14,12 +14,12 @@ from PIL import Image
 from transformers import pipeline
 
 from pipeline.attention import Block, Tap, attached, prompt_regions, tapped
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, ModelError, RefusedInputError
 from pipeline.models import load_adapter, load_base
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example, question_answer
 from stages.guard.detector import Detector
-from stages.guard.guarded import GuardedModel, RefusedInputError
+from stages.guard.guarded import GuardedModel
 from stages.guard.policy import Policy
 from stages.guard.purify import published_tokens
 from tests.stages.guard.detectors import plain_detector
@@ -78,8 +78,8 @@ def broken(*_: Any, **__: Any) -> Any:
 PLACES = {
     "finding the picture": "stages.guard.guarded.prompt_regions",
     "reducing a layer": "stages.guard.guarded.reduce_layer",
-    "detecting": "stages.guard.guarded.feature_vectors",
-    "purifying": "stages.guard.guarded.stealing_tokens",
+    "detecting": "stages.guard.judge.feature_vectors",
+    "purifying": "stages.guard.judge.stealing_tokens",
 }
 
 
@@ -210,7 +210,7 @@ def test_what_the_guard_does_not_look_at_is_refused(tiny_model: tuple[Any, Any],
 def test_a_failure_is_counted_where_it_is_raised(
     tiny_model: tuple[Any, Any], batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.guard.guarded.feature_vectors", broken)
+    monkeypatch.setattr("stages.guard.judge.feature_vectors", broken)
     with GuardedModel(tiny_model[0], plain_detector(threshold=FAR)) as guarded:
         with pytest.raises(RuntimeError):
             generated(guarded, batch)

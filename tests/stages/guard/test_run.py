@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import GuardConfig
-from pipeline.errors import ModelError, StageError
+from pipeline.errors import ModelError, RefusedInputError, StageError
 from pipeline.generation import answer
 from pipeline.models import Dtype, base_identity
 from pipeline.prompts import encode_prompts
@@ -25,7 +25,6 @@ from pipeline.records import Sample, examples_of, question_answer
 from stages.guard.calibrate import rate_interval
 from stages.guard.detector import FEATURES, TENSORS
 from stages.guard.files import GUARD, GUARD_TENSORS, adapter_digest, load_guard
-from stages.guard.guarded import RefusedInputError
 from stages.guard.load import adapter_folder, load_guarded
 from stages.guard.run import CALIBRATION, _write_hosts, run
 from stages.guard.transfer import MAJORITY, SCREEN
