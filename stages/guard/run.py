@@ -36,7 +36,7 @@ from stages.guard.worker import ReferenceWorker
 from stages.score.groups import plain_answer
 from storage.subset import copy_rows, pictured_rows
 
-VERSION = 8
+VERSION = 9
 CALIBRATION = "calibration.parquet"
 _BATCH = 32
 _TRIED = 100
@@ -124,7 +124,7 @@ def run(
         threshold=fit.threshold,
         layer_thresholds=torch.from_numpy(layer_thresholds(vectors, fit, len(layers), config.false_positive_rate)).float(),
     )
-    transfer = _rule(reference, fit, hosts, config) if hosts else None
+    transfer = causal_rule(reference, fit, hosts, config) if hosts else None
     facts: dict[str, Any] = {
         "reference_rows": len(vectors),
         "dtype": reference["dtype"][0].as_py(),
@@ -149,22 +149,29 @@ def run(
     return {**facts, "dimensions": vectors.shape[1], "threshold": fit.threshold, "layers": list(layers)}
 
 
-def _rule(reference: pa.Table, fit: Calibration, hosts: list[pathlib.Path], config: GuardConfig) -> TransferRule:
-    """The causal test, with the thresholds that the reference gives."""
-    first = [[token] for token in reference["first_token"].to_pylist()]
+def causal_rule(reference: pa.Table, fit: Calibration, hosts: list[pathlib.Path], config: GuardConfig) -> TransferRule:
+    """The causal tests, with the thresholds that the reference gives.
+
+    What is usual is what was submitted, not what the model says: a backdoor that goes off on clean pictures too must not make its
+    answer usual. Nor does a kept row tell of honest reading where the model begins an unusual answer to it.
+    """
+    answers = reference["answer_tokens"].to_pylist()
+    familiar = familiar_tokens([answer[:1] for answer in answers], config.suspicion_rate)
+    usual = np.isin(reference["first_token"].to_numpy(), familiar) if len(familiar) else np.ones(len(reference), dtype=bool)
+    honest = reference.filter(pa.array(usual))
     return TransferRule(
         hosts=tuple(load_file(path) for path in hosts),
         distance=min(fit.threshold, conformal_quantile(fit.distances, config.suspicion_rate)),
-        familiar=torch.from_numpy(familiar_tokens(first, config.suspicion_rate)),
-        attended=transfer_threshold(reference["attended"].to_numpy()),
-        whole=transfer_threshold(reference["whole"].to_numpy()),
-        late=_late(reference, config.false_positive_rate),
-        vocabulary=torch.from_numpy(familiar_tokens(reference["answer_tokens"].to_pylist(), config.suspicion_rate)),
+        familiar=torch.from_numpy(familiar),
+        attended=transfer_threshold(honest["attended"].to_numpy()),
+        whole=transfer_threshold(honest["whole"].to_numpy()),
+        late=_late(honest, config.false_positive_rate),
+        vocabulary=torch.from_numpy(familiar_tokens(answers, config.suspicion_rate)),
     )
 
 
 def _late(reference: pa.Table, rate: float) -> int | None:
-    """The layer from which the tried kept rows need their pictures no longer."""
+    """The layer from which the tried rows need their pictures no longer."""
     changed = [row for row in reference["changed"].to_pylist() if row is not None]
     return late_layer(np.asarray(changed, dtype=bool), closing_layers(reference["count"][0].as_py()), rate) if changed else None
 

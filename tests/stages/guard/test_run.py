@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.config import GuardConfig
 from pipeline.errors import ModelError, RefusedInputError, StageError
@@ -22,12 +22,13 @@ from pipeline.generation import answer
 from pipeline.models import Dtype, base_identity
 from pipeline.prompts import encode_prompts
 from pipeline.records import Sample, examples_of, question_answer
-from stages.guard.calibrate import rate_interval
+from stages.guard.calibrate import calibrate, rate_interval
 from stages.guard.detector import FEATURES, TENSORS
 from stages.guard.files import GUARD, GUARD_TENSORS, adapter_digest, load_guard
 from stages.guard.load import adapter_folder, load_guarded
-from stages.guard.run import CALIBRATION, _write_hosts, run
+from stages.guard.run import CALIBRATION, _write_hosts, causal_rule, run
 from stages.guard.transfer import MAJORITY, SCREEN
+from stages.guard.worker import REFERENCE
 from tests.conftest import write_shards
 from tests.stages.samples import noise
 
@@ -148,6 +149,39 @@ def test_the_causal_test_that_is_written(
     names = ("suspicion_rate", "suspicious_distance", "attended_transfer", "whole_transfer")
     assert [summary[name] for name in names] == [0.2, found.distance, found.attended, found.whole]
     json.dumps(summary, allow_nan=False)
+
+
+def test_what_a_backdoor_says_of_kept_rows_is_not_usual(tmp_path: pathlib.Path) -> None:
+    """It goes off on a third of them: these rows tell neither what is usual nor what an honest answer needs of its picture."""
+    hosts = [tmp_path / "hosts.safetensors"]
+    save_file({"input_ids": torch.ones(8, 3)}, hosts[0])
+    rows = 90
+    fires = np.arange(rows) % 3 == 0
+    record = {"turn": 0, "dtype": "float32", "layers": [1], "vector": [0.0], "count": 4, "answer_tokens": [7, 2]}
+    records = [
+        {
+            **record,
+            "row": row,
+            "first_token": 99 if fires[row] else 7,
+            "attended": float(fires[row]),
+            "whole": 0.125 + 0.875 * float(fires[row]),
+            "changed": [True, True, bool(fires[row]), bool(fires[row])],
+        }
+        for row in range(rows)
+    ]
+    reference = pa.Table.from_pylist(records, schema=REFERENCE)
+    vectors = np.random.default_rng(0).normal(size=(rows, 2))
+    fit = calibrate(vectors, false_positive_rate=0.01, whitening="full", seed=0)
+    found = causal_rule(reference, fit, hosts, GuardConfig())
+    assert found.familiar.tolist() == [7]
+    assert found.vocabulary.tolist() == [2, 7]
+    assert (found.attended, found.whole, found.late) == (MAJORITY, MAJORITY, 2)
+    various = reference.set_column(
+        reference.schema.get_field_index("answer_tokens"), "answer_tokens", pa.array([[row, 200 + row] for row in range(rows)])
+    )
+    found = causal_rule(various, fit, hosts, GuardConfig())
+    assert (len(found.familiar), len(found.vocabulary)) == (0, 0)
+    assert (found.attended, found.late) == (1.0, None), "with answers as various as these all rows count"
 
 
 def test_without_a_causal_test(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path) -> None:
