@@ -175,7 +175,7 @@ def _denoising_loss(model: nn.Module, pictures: torch.Tensor, generator: torch.G
     noise = torch.randn(pictures.shape, generator=generator)
     kept = KEPT[level][:, None, None, None]
     drawn = model(kept.sqrt() * pictures + (1 - kept).sqrt() * noise, level)
-    return ((kept / (1 - kept)).clamp(0.2, 20) * (drawn - pictures).square()).mean()
+    return torch.mean((kept / (1 - kept)).clamp(0.2, 20) * (drawn - pictures).square())
 
 
 RECIPES: dict[str, Recipe] = {
