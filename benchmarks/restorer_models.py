@@ -59,7 +59,7 @@ class Recipe:
 class MaskedAutoencoder(nn.Module):
     """Fills in masked tokens of a picture.
 
-    Convolutions in the place of MAE's transformer (He et al. 2022): that one, trained as long, filled in a plain colour.
+    Convolutions in the place of MAE's transformer (He et al. 2022): that one, trained for minutes, filled in a plain colour.
     """
 
     def __init__(self) -> None:
