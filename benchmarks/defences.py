@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from benchmarks.restorers import Fit, fit_bdmae, fit_sampdetox, fit_zip
 from pipeline.attention import Block, Tap, attached, base_of, prompt_regions, tapped
 from pipeline.decoder import attention_layers
 from pipeline.models import image_token_id
@@ -37,6 +38,7 @@ class Defence:
         change: what is changed in the calibrated guard before it is put on.
         wrap: what is done to the model; of rivals.
         picture: what is done to every picture; of rivals.
+        restorer: what repairs every picture with a model of its own, trained once in the bench's folder; of rivals.
         ablation: whether it takes part in the ablations alone.
     """
 
@@ -44,6 +46,7 @@ class Defence:
     change: Callable[[Guard], Guard] | None = None
     wrap: Wrap | None = None
     picture: Picture | None = None
+    restorer: Fit | None = None
     ablation: bool = False
 
     @contextlib.contextmanager
@@ -225,6 +228,9 @@ DEFENCES: dict[str, Defence] = {
     "blur": Defence(picture=blur),
     "jpeg": Defence(picture=jpeg),
     "spatial transformation": Defence(picture=spatial),
+    "bdmae": Defence(restorer=fit_bdmae),
+    "zip": Defence(restorer=fit_zip),
+    "sampdetox": Defence(restorer=fit_sampdetox),
     "fastv, half of the tokens": Defence(wrap=closing(2, least_attended(0.5), reads=True)),
     "uniform attention": Defence(wrap=uniform_attention),
     "picture closed in the last layer": Defence(wrap=closing(-1, whole_picture, reads=False)),

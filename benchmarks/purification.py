@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from benchmarks.attacks import ATTACKS, Part, poison_rows
 from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, percent, poisoned_cells, run_config
@@ -27,9 +28,10 @@ from flows.engines import LazyEngine
 from flows.line import Line, open_line
 from flows.poison import SUBMISSION
 from pipeline.config import RunConfig
+from pipeline.generation import answer
 from pipeline.images import decode_image, encode_png
 from pipeline.models import load_adapter, load_base
-from pipeline.records import Sample
+from pipeline.records import Sample, examples_of
 from stages.guard.files import adapter_digest, load_guard
 from stages.verify.measure import attack_success, exact_match
 from stages.verify.worker import VerifyWorker
@@ -39,6 +41,8 @@ from storage.subset import copy_rows
 TRIED = ("badnet", "badnet-random", "blended", "wanet", "sig", "issba", "phrase")
 """Attacks of one part, by their names in `benchmarks.attacks`."""
 RATES = (0.1, 0.5)
+_FIRST_TOKENS = 2
+"""Tokens of an answer that a restorer compares, for it asks for many; the answers to scenes are seldom longer."""
 _ABLATED = (("badnet", 0.1), ("blended", 0.1))
 _COLUMNS = {
     "asr": "ASR %",
@@ -76,11 +80,16 @@ def measure(cell: Cell, setting: Setting, folder: pathlib.Path, names: Sequence[
         kept = line.choose(run, ingested, clean)
         test = line.rows_of(line.ingest(open_line(data.test, setting.base, config, setting.out / "store", engine)))
         for name in names:
-            yield {"defence": name, **tried(DEFENCES[name], run, (ingested, kept, provisional), test, part)}
+            yield {"defence": name, **tried(DEFENCES[name], setting, run, (ingested, kept, provisional), test, part)}
 
 
 def tried(
-    defence: Defence, run: Line, stages: tuple[StageResult, StageResult, StageResult], test: pathlib.Path, part: Part
+    defence: Defence,
+    setting: Setting,
+    run: Line,
+    stages: tuple[StageResult, StageResult, StageResult],
+    test: pathlib.Path,
+    part: Part,
 ) -> Record:
     """A defence's figures on clean and on triggered inputs."""
     ingested, kept, provisional = stages
@@ -93,13 +102,17 @@ def tried(
     model, processor = load_base(run.base, dtype=run.config.dtype)
     model = load_adapter(model, adapter)
     seed, attacked = run.config.seed, part.input(run.config.seed)
+    restorer = None if defence.restorer is None else defence.restorer(setting.out / "restorers", quick=setting.quick)
 
     def defended(sample: Sample) -> Sample:
-        if defence.picture is None:
+        if defence.picture is None and restorer is None:
             return sample
-        rng = np.random.default_rng([seed, 19, sample.row])
-        picture = encode_png(defence.picture(decode_image(sample.images[0]), rng))
-        return dataclasses.replace(sample, images=(picture, *sample.images[1:]))
+        rng, image = np.random.default_rng([seed, 19, sample.row]), decode_image(sample.images[0])
+        if defence.picture is not None:
+            image = defence.picture(image, rng)
+        if restorer is not None:
+            image = restorer(image, rng, lambda shown: _first_words(model, processor, sample, shown))
+        return _showing(sample, image)
 
     with defence.on(model, guard) as answering, tempfile.TemporaryDirectory() as scratch:
         worker = VerifyWorker(
@@ -170,6 +183,16 @@ def _by_attack(frame: pd.DataFrame, names: Sequence[str], column: str) -> str:
 
 def _answers(worker: VerifyWorker, shards: Sequence[pathlib.Path]) -> pa.Table:
     return pa.concat_tables([worker(batch) for path in shards for batch in _batches(path)])
+
+
+def _first_words(model: Any, processor: Any, sample: Sample, shown: Sequence[Image.Image]) -> list[str]:
+    """How the model's answers to a row's first question begin on each of some pictures in the place of its first."""
+    examples = [examples_of(_showing(sample, image))[0] for image in shown]
+    return answer(model, processor, examples, max_new_tokens=_FIRST_TOKENS)
+
+
+def _showing(sample: Sample, image: Image.Image) -> Sample:
+    return dataclasses.replace(sample, images=(encode_png(image), *sample.images[1:]))
 
 
 def _batches(path: pathlib.Path) -> Iterator[pa.Table]:

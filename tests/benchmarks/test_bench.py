@@ -296,8 +296,10 @@ def test_clean_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path) -> Non
 
 @pytest.mark.slow
 def test_purification_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path) -> None:
-    found = miniature(PURIFICATION, place, tiny_base, 1, "none", "ours").set_index("defence")
-    assert found.index.tolist() == ["none", "ours"]
+    tried = ["none", "ours", "bdmae", "zip", "sampdetox"]
+    found = miniature(PURIFICATION, place, tiny_base, 1, *tried).set_index("defence")
+    assert found.index.tolist() == tried
     assert found[["asr", "clean"]].map(lambda share: 0 <= share <= 1).all(axis=None)
-    assert found["flagged"].notna().tolist() == [False, True]
+    assert found["flagged"].notna().tolist() == [False, True, False, False, False]
+    assert len(list((place / "restorers").glob("*.safetensors"))) == 2
     assert "## The guard" in (place / "purification.md").read_text()
