@@ -136,7 +136,7 @@ def final(line: Line, *, ingested: StageResult, provisional: StageResult, cluste
     if clustered.summary["rows"]["quarantined"]:
         return finetune(line, "final", ingested, clustered)
     tell("final", 0.0, "")
-    tell("final", 1.0, "nothing was removed: the provisional adapter is the final one")
+    tell("final", 1.0, "done: nothing was removed, the provisional adapter is the final one")
     return dataclasses.replace(provisional, stage="final", seconds=0.0, reused=True)
 
 
