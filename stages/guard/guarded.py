@@ -257,7 +257,9 @@ class GuardedModel:
         if inputs.get("streamer") is not None or inputs.get("past_key_values") is not None:
             return found
         started = time.perf_counter()
-        strange = self.rule.strange(_answers(output, call.prompt), end_tokens(base_of(self.model), inputs))
+        ends = end_tokens(base_of(self.model), inputs)
+        answers = _answers(output, call.prompt)
+        strange = self.rule.strange(answers, ends)
         several = len(strange) // call.inputs
         tried = torch.tensor([bool(said) for said in strange], device=found.device).view(-1, several).any(-1)
         tried &= call.regions.image.any(-1)[:: call.beams]
@@ -266,8 +268,10 @@ class GuardedModel:
         layers = torch.where(tried, self.rule.late, NEVER).repeat_interleave(call.beams)
         with draws.again(), tapped(Tap(block=Block(keys=call.regions.image, from_layer=layers))):
             others = _answers(self.model.generate(**inputs), call.prompt)
-        gone = [not said <= set(other.tolist()) for said, other in zip(strange, others, strict=True)]
-        found = tried & torch.tensor(gone, device=found.device).view(-1, several).any(-1)
+        # What was flagged and purified before may say its target again where so little is closed: that is no better answer.
+        begins = (others[:, 0] == answers[:, 0]) | self.rule.begins_usually(others[:, 0])
+        usual = [not said for said in self.rule.strange(others, ends)]
+        found = tried & (begins & torch.tensor(usual, device=found.device)).view(-1, several).all(-1)
         milliseconds = 1000 * (time.perf_counter() - started)
         call.records = [
             dataclasses.replace(

@@ -65,8 +65,11 @@ class TransferRule:
 
     def suspicious(self, distances: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Which inputs are tried, bool (batch,), by their distances and the first tokens of their answers; NaN is suspicious."""
-        far = ~(distances <= self.distance)
-        return far | ~torch.isin(first, self.familiar.to(first.device)) if len(self.familiar) else far
+        return ~(distances <= self.distance) | ~self.begins_usually(first)
+
+    def begins_usually(self, first: torch.Tensor) -> torch.Tensor:
+        """Which answers begin as kept rows' do, bool (batch,), by their first tokens; all where these are too various to tell."""
+        return torch.isin(first, self.familiar.to(first.device)) if len(self.familiar) else torch.ones_like(first, dtype=torch.bool)
 
     def strange(self, answers: torch.Tensor, ends: Collection[int]) -> list[set[int]]:
         """What answers say after their first tokens that is not usual, by answer; nothing where all may be said.

@@ -178,27 +178,60 @@ def test_reported_or_refused(model: Any, mixed: Batch, hosts: tuple[Batch, ...],
         assert guarded.counters()["byesight_guard_refused_total"] == (1 if action == "refuse" else 0)
 
 
+def gone(plain: Any, other: Any, batch: Batch) -> set[int]:
+    """Tokens after the first of any answer to a picture that are in no answer of another run."""
+    prompt = batch["input_ids"].shape[1]
+    several = len(plain.sequences) // 4
+    own = {
+        token for row in (0, 1, 3) for k in range(several) for token in plain.sequences[row * several + k, prompt + 1 :].tolist()
+    }
+    found = own - set(other.sequences[:, prompt:].flatten().tolist())
+    assert found, "the test's pictures do not matter from the late layer on"
+    return found
+
+
 def test_samples_of_other_rows_stay(model: Any, mixed: Batch, hosts: tuple[Batch, ...]) -> None:
-    """All that an answer goes on with is unusual: every picture's is tried. The random numbers go on as after any call."""
+    """Flagged samples are those of a run with their pictures closed late. The random numbers go on as after any call."""
 
-    def drawn(asked: Any) -> tuple[Any, torch.Tensor]:
+    def drawn(answer: Any) -> tuple[Any, torch.Tensor]:
         torch.manual_seed(3)
-        return generated(asked, mixed, do_sample=True, top_k=0), torch.rand(4)
+        return answer(do_sample=True, top_k=0), torch.rand(4)
 
-    plain, after = drawn(model)
-    nothing = torch.zeros(0, dtype=torch.int64)
-    rule = TransferRule(
-        hosts=hosts, distance=FAR, familiar=nothing, attended=0.5, whole=0.5, late=LATE, vocabulary=torch.tensor([1])
-    )
+    plain, after = drawn(lambda **way: generated(model, mixed, **way))
+    other, _ = drawn(lambda **way: under_block(model, mixed, closed(model, mixed, [0, 1, 3]), **way))
+    unusual = gone(plain, other, mixed)
+    rule = rule_without(hosts, *unusual)
+    telling = [row for row in (0, 1, 3) if unusual & set(said(plain, mixed, row)[1:])]
     for action in ("report", "purify"):
         with GuardedModel(model, plain_detector(threshold=FAR), transfer=rule, policy=Policy(action=action)) as guarded:
-            found, then = drawn(guarded)
-            assert [record.tried for record in guarded.records] == [True, True, False, True]
-            flagged = [row for row, record in enumerate(guarded.records) if record.flagged]
-        assert flagged, "sampled answers do not depend on the pictures"
+            found, then = drawn(lambda **way: generated(guarded, mixed, **way))
+            assert [row for row, record in enumerate(guarded.records) if record.tried] == telling
+            assert [row for row, record in enumerate(guarded.records) if record.flagged] == telling
         assert torch.equal(then, after)
-        untouched = range(4) if action == "report" else [row for row in range(4) if row not in flagged]
-        assert found.sequences[list(untouched)].tolist() == plain.sequences[list(untouched)].tolist()
+        for row in range(4):
+            expected = other if action == "purify" and row in telling else plain
+            assert found.sequences[row].tolist() == expected.sequences[row].tolist()
+
+
+def test_a_purified_answer_is_not_given_up_for_a_worse_one(model: Any, mixed: Batch, hosts: tuple[Batch, ...]) -> None:
+    """Closed late, the picture's answer has other unusual words, or begins unusually: what was said before stays."""
+    plain = generated(model, mixed)
+    case = case_of(model, mixed, plain)
+    own, other = (said(found, mixed, case.row) for found in (plain, under_block(model, mixed, closed(model, mixed, [case.row]))))
+    strange = set(own[1:]) - set(other)
+    worse = set(other[1:]) - set(own)
+    assert worse, "the test's closed answer has no words of its own"
+    rules = [rule_without(hosts, *strange, *worse)]
+    if other[0] != own[0]:
+        rules.append(
+            dataclasses.replace(rule_without(hosts, *strange), familiar=torch.tensor([said(plain, mixed, k)[0] for k in range(4)]))
+        )
+    for rule in rules:
+        with GuardedModel(model, plain_detector(threshold=FAR), transfer=rule) as guarded:
+            found = generated(guarded, mixed)
+            assert guarded.records[case.row].tried
+            assert not guarded.records[case.row].flagged
+        assert said(found, mixed, case.row) == own
 
 
 @pytest.mark.parametrize("on_error", ["raise", "pass"])
@@ -225,24 +258,18 @@ def test_beams(model: Any, mixed: Batch, hosts: tuple[Batch, ...]) -> None:
     """Any of an input's sequences can tell; all its beams are closed."""
     way = {"num_beams": 2, "num_return_sequences": 2, "output_scores": False}
     plain = generated(model, mixed, **way)
-    pictured = [0, 1, 3]
-    nothing = torch.zeros(0, dtype=torch.int64)
-    rule = TransferRule(
-        hosts=hosts, distance=FAR, familiar=nothing, attended=0.5, whole=0.5, late=LATE, vocabulary=torch.tensor([1])
-    )
-    prompt = mixed["input_ids"].shape[1]
-    with GuardedModel(model, plain_detector(threshold=FAR), transfer=rule) as guarded:
-        found = generated(guarded, mixed, **way)
-        records = guarded.records
-    assert [record.tried for record in records] == [True, True, False, True]
-    late = [row for row, record in enumerate(records) if record.late]
-    assert late, "no sequence depends on a picture"
-    for row in pictured:
-        for k in (2 * row, 2 * row + 1):
-            if row not in late:
-                assert found.sequences[k].tolist() == plain.sequences[k].tolist()
     image = mixed["input_ids"] == base_of(model).config.image_token_id
-    layers = torch.where(torch.isin(torch.arange(4), torch.tensor(late)), LATE, NEVER).repeat_interleave(2)
-    block = Block(keys=image.repeat_interleave(2, 0), from_layer=layers)
-    expected = under_block(model, mixed, block, **way)
-    assert found.sequences[:, prompt:].tolist() == expected.sequences[:, prompt:].tolist()
+
+    def under(rows: list[int]) -> Any:
+        layers = torch.where(torch.isin(torch.arange(4), torch.tensor(rows)), LATE, NEVER).repeat_interleave(2)
+        return under_block(model, mixed, Block(keys=image.repeat_interleave(2, 0), from_layer=layers), **way)
+
+    unusual = gone(plain, under([0, 1, 3]), mixed)
+    prompt = mixed["input_ids"].shape[1]
+    after = [set(sequence[prompt + 1 :].tolist()) for sequence in plain.sequences]
+    telling = [row for row in (0, 1, 3) if unusual & (after[2 * row] | after[2 * row + 1])]
+    with GuardedModel(model, plain_detector(threshold=FAR), transfer=rule_without(hosts, *unusual)) as guarded:
+        found = generated(guarded, mixed, **way)
+        assert [row for row, record in enumerate(guarded.records) if record.tried] == telling
+        assert [row for row, record in enumerate(guarded.records) if record.late] == telling
+    assert found.sequences.tolist() == under(telling).sequences.tolist()
