@@ -122,17 +122,7 @@ def sanitized(submission: pathlib.Path, base: pathlib.Path, config: RunConfig, p
             )
         with usage.stage(ENGINE):
             engine.close()
-        results = Results(
-            ingest=ingested,
-            provisional=provisional,
-            extract=extracted,
-            score=scored,
-            confirm=confirmed,
-            cluster=clustered,
-            final=final,
-            guard=guarded,
-            verify=verified,
-        )
+        results = Results.of(ingested, provisional, extracted, scored, confirmed, clustered, final, guarded, verified)
         with usage.stage("delivery"):
             deliver_results(run, results, place / "delivery")
     used = usage.stages

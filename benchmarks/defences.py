@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image, ImageFilter
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from benchmarks.restorers import Fit, fit_bdmae, fit_sampdetox, fit_zip
+from benchmarks.restorers import Fit, Restorer, fit_bdmae, fit_sampdetox, fit_zip
 from pipeline.attention import Block, Tap, attached, base_of, prompt_regions, tapped
 from pipeline.decoder import attention_layers
 from pipeline.models import image_token_id
@@ -37,15 +38,13 @@ class Defence:
         guard: the guard's configuration; None where there is no guard.
         change: what is changed in the calibrated guard before it is put on.
         wrap: what is done to the model; of rivals.
-        picture: what is done to every picture; of rivals.
-        restorer: what repairs every picture with a model of its own, trained once in the bench's folder; of rivals.
+        restorer: what is done to every picture, if need be by a model that is trained once in the bench's folder; of rivals.
         ablation: whether it takes part in the ablations alone.
     """
 
     guard: Mapping[str, Any] | None = None
     change: Callable[[Guard], Guard] | None = None
     wrap: Wrap | None = None
-    picture: Picture | None = None
     restorer: Fit | None = None
     ablation: bool = False
 
@@ -190,6 +189,15 @@ def uniform_attention(model: Any) -> Iterator[Any]:
         base.set_attn_implementation({"text_config": before})
 
 
+def untrained(change: Picture) -> Fit:
+    """A change of pictures that takes neither a model nor answers, as a defence's `restorer`."""
+
+    def fit(folder: pathlib.Path, *, quick: bool) -> Restorer:  # noqa: ARG001 - a Fit
+        return lambda image, rng, _answers: change(image, rng)
+
+    return fit
+
+
 def blur(image: Image.Image, _rng: np.random.Generator) -> Image.Image:
     """Gaussian blur of 1/64 of the shorter side."""
     return image.filter(ImageFilter.GaussianBlur(min(image.size) / 64))
@@ -225,9 +233,9 @@ DEFENCES: dict[str, Defence] = {
     "ours, distance alone": Defence(guard={"suspicion_rate": 0.0}),
     "cleansight, tau 1e-4": Defence(guard={**_PUBLISHED, "tau": 1e-4}),
     "cleansight, tau 0.02": Defence(guard={**_PUBLISHED, "tau": 0.02}),
-    "blur": Defence(picture=blur),
-    "jpeg": Defence(picture=jpeg),
-    "spatial transformation": Defence(picture=spatial),
+    "blur": Defence(restorer=untrained(blur)),
+    "jpeg": Defence(restorer=untrained(jpeg)),
+    "spatial transformation": Defence(restorer=untrained(spatial)),
     "bdmae": Defence(restorer=fit_bdmae),
     "zip": Defence(restorer=fit_zip),
     "sampdetox": Defence(restorer=fit_sampdetox),

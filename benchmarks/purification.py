@@ -105,14 +105,10 @@ def tried(
     restorer = None if defence.restorer is None else defence.restorer(setting.out / "restorers", quick=setting.quick)
 
     def defended(sample: Sample) -> Sample:
-        if defence.picture is None and restorer is None:
+        if restorer is None:
             return sample
         rng, image = np.random.default_rng([seed, 19, sample.row]), decode_image(sample.images[0])
-        if defence.picture is not None:
-            image = defence.picture(image, rng)
-        if restorer is not None:
-            image = restorer(image, rng, lambda shown: _first_words(model, processor, sample, shown))
-        return _showing(sample, image)
+        return _showing(sample, restorer(image, rng, lambda shown: _first_words(model, processor, sample, shown)))
 
     with defence.on(model, guard) as answering, tempfile.TemporaryDirectory() as scratch:
         worker = VerifyWorker(

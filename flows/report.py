@@ -39,6 +39,11 @@ class Results:
     guard: StageResult
     verify: StageResult
 
+    @classmethod
+    def of(cls, *results: StageResult) -> Results:
+        """One of every stage, each by its own name."""
+        return cls(**{result.stage: result for result in results})
+
     def all(self) -> list[StageResult]:
         """In the order in which they were made."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]

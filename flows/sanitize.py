@@ -129,17 +129,7 @@ def sanitize(
         final = finetune_final(run, ingested, provisional, clustered)
         guarded = guard(run, ingested, clustered, final)
         verified = verify(run, ingested, provisional, clustered, final, guarded)
-    results = Results(
-        ingest=ingested,
-        provisional=provisional,
-        extract=extracted,
-        score=scored,
-        confirm=confirmed,
-        cluster=clustered,
-        final=final,
-        guard=guarded,
-        verify=verified,
-    )
+    results = Results.of(ingested, provisional, extracted, scored, confirmed, clustered, final, guarded, verified)
     deliver(run, results, out.absolute())
     verdict = findings.read_json(clustered.folder / "result.json")
     sanitized = Sanitized(

@@ -4,8 +4,8 @@ Detection reads the attention rows of the prefill that `generate` makes anyway. 
 (`stages.guard.transfer`). Where a row of the batch is flagged, the prefill is run once more with that row's stealing tokens closed
 from its rewind layer on; an input that passed the causal test and still begins the same answer is rewound further. Logits and cache
 of the flagged rows are replaced, those of the others stay as they were. The tokens stay closed in every decoding step. An answer
-that goes on with unusual words is given again with its picture closed late; where it has them no longer, the input is flagged. All
-state lives in a context variable of the call, none on the model.
+that goes on with unusual words is given again with its picture closed late; where that answer is a usual one, the input is flagged.
+All state lives in a context variable of the call, none on the model.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ from stages.guard.transfer import TransferRule, TransferTest
 from stages.guard.ways import end_tokens, refuse_ways
 
 _log = logging.getLogger(__name__)
-
 
 _UNSEEN = ("pixel_values_videos", "input_features")
 """What processors give for videos and sound."""
@@ -203,25 +202,25 @@ class GuardedModel:
         if strange := sorted(name for name in _UNSEEN if inputs.get(name) is not None):
             raise ConfigError(f"the guard looks at pictures alone, not at {', '.join(strange)}")
         refuse_ways(base_of(self.model), inputs)
-        nothing = torch.zeros(prompt.shape[0], dtype=torch.bool, device=self.model.device)
         call = Call(
             owner=self,
             inputs=prompt.shape[0],
             prompt=prompt.shape[1],
             mask=inputs.get("attention_mask"),
-            says_late=nothing,
+            says_late=torch.zeros(prompt.shape[0], dtype=torch.bool, device=self.model.device),
         )
-        draws = RandomState(self.model.device)
+        draws = RandomState(self.model.device) if self._tries_answers(inputs) else None
         unseen: list[GuardRecord] = []
         try:
             output = self._answer(call, inputs)
-            with self._forgiving(call):
-                call.says_late = self._says_late(call, inputs, output, draws)
-            if self.policy.action == "purify" and bool(call.says_late.any()):
-                before, call = call.records, call.afresh()
-                draws.restore()
-                output = self._answer(call, inputs)
-                call.records = [new.after(old) for new, old in zip(call.records, before, strict=True)]
+            if draws is not None:
+                with self._forgiving(call):
+                    call.says_late = self._says_late(call, inputs, output, draws)
+                if self.policy.action == "purify" and bool(call.says_late.any()):
+                    before, call = call.records, call.afresh()
+                    draws.restore()
+                    output = self._answer(call, inputs)
+                    call.records = [new.after(old) for new, old in zip(call.records, before, strict=True)]
         except Exception:
             unseen = [GuardRecord.of_failure(self.detector.threshold)] * call.inputs
             raise
@@ -245,17 +244,26 @@ class GuardedModel:
             raise ModelError("the model answered without a prefill that the guard could see")
         return output
 
+    def _tries_answers(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the answers of a call can be tried as a whole, which gives them once more.
+
+        What was handed to the caller as it was made can't be taken back, and a cache of the caller's can't be filled twice: such
+        calls are left at what the prefill tells.
+        """
+        handed_out = any(inputs.get(name) is not None for name in ("streamer", "past_key_values"))
+        return self.rule is not None and self.rule.late is not None and not handed_out
+
     def _says_late(self, call: Call, inputs: Mapping[str, Any], output: Any, draws: RandomState) -> torch.Tensor:
         """Which inputs say something unusual that they would not say with their pictures closed late, bool (inputs,).
 
-        Their answers are given once more, with the same random numbers. What was handed to the caller as it was made can't be taken
-        back, and a cache of the caller's can't be filled twice: such calls are left at what the prefill tells.
+        Their answers are given once more, with the same random numbers.
         """
         found = torch.zeros_like(call.says_late)
-        if self.rule is None or self.rule.late is None or call.regions is None or any(record.failed for record in call.records):
+        if any(record.failed for record in call.records):
             return found
-        if inputs.get("streamer") is not None or inputs.get("past_key_values") is not None:
-            return found
+        assert call.regions is not None
+        assert self.rule is not None
+        assert self.rule.late is not None
         started = time.perf_counter()
         ends = end_tokens(base_of(self.model), inputs)
         answers = _answers(output, call.prompt)

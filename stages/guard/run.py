@@ -31,7 +31,7 @@ from stages.guard.calibrate import (
 from stages.guard.detector import FEATURES, Detector
 from stages.guard.files import Guard, adapter_digest, save_guard
 from stages.guard.policy import Policy
-from stages.guard.transfer import SCREEN, TransferRule, closing_layers
+from stages.guard.transfer import SCREEN, TransferRule, begins_usually, closing_layers
 from stages.guard.worker import ReferenceWorker
 from stages.score.groups import plain_answer
 from storage.subset import copy_rows, pictured_rows
@@ -156,13 +156,13 @@ def causal_rule(reference: pa.Table, fit: Calibration, hosts: list[pathlib.Path]
     answer usual. Nor does a kept row tell of honest reading where the model begins an unusual answer to it.
     """
     answers = reference["answer_tokens"].to_pylist()
-    familiar = familiar_tokens([answer[:1] for answer in answers], config.suspicion_rate)
-    usual = np.isin(reference["first_token"].to_numpy(), familiar) if len(familiar) else np.ones(len(reference), dtype=bool)
-    honest = reference.filter(pa.array(usual))
+    familiar = torch.from_numpy(familiar_tokens([answer[:1] for answer in answers], config.suspicion_rate))
+    usual = begins_usually(torch.tensor(reference["first_token"].to_pylist()), familiar)
+    honest = reference.filter(pa.array(usual.numpy()))
     return TransferRule(
         hosts=tuple(load_file(path) for path in hosts),
         distance=min(fit.threshold, conformal_quantile(fit.distances, config.suspicion_rate)),
-        familiar=torch.from_numpy(familiar),
+        familiar=familiar,
         attended=transfer_threshold(honest["attended"].to_numpy()),
         whole=transfer_threshold(honest["whole"].to_numpy()),
         late=_late(honest, config.false_positive_rate),

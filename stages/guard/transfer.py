@@ -69,7 +69,7 @@ class TransferRule:
 
     def begins_usually(self, first: torch.Tensor) -> torch.Tensor:
         """Which answers begin as kept rows' do, bool (batch,), by their first tokens; all where these are too various to tell."""
-        return torch.isin(first, self.familiar.to(first.device)) if len(self.familiar) else torch.ones_like(first, dtype=torch.bool)
+        return begins_usually(first, self.familiar)
 
     def strange(self, answers: torch.Tensor, ends: Collection[int]) -> list[set[int]]:
         """What answers say after their first tokens that is not usual, by answer; nothing where all may be said.
@@ -225,6 +225,11 @@ class _Hosts:
         """How many of the hosts do not begin with a token by themselves, and how many of these do now."""
         free = self.own != wanted
         return int(free.sum()), int((free & (first == wanted)).sum())
+
+
+def begins_usually(first: torch.Tensor, familiar: torch.Tensor) -> torch.Tensor:
+    """Which first tokens are familiar, bool of the same shape; all where none is, for answers are too various then."""
+    return torch.isin(first, familiar.to(first.device)) if len(familiar) else torch.ones_like(first, dtype=torch.bool)
 
 
 def attended(attention: torch.Tensor) -> torch.Tensor:

@@ -45,14 +45,14 @@ def refuse_ways(base: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         ConfigError: names the setting, why it is refused, and what to do instead where that is not to leave it out.
     """
     for name, why in _REFUSED.items():
-        value = setting(base, inputs, name)
+        value = _setting(base, inputs, name)
         if value is not None and value is not False:
             raise ConfigError(f"{name}: it {why}; a guarded model generates without it")
-    if setting(base, inputs, "guidance_scale") not in (None, 1):
+    if _setting(base, inputs, "guidance_scale") not in (None, 1):
         raise ConfigError(f"guidance_scale: it {_OTHER_PROMPT}; a guarded model generates without it")
-    if getattr(setting(base, inputs, "compile_config"), "fullgraph", False):
+    if getattr(_setting(base, inputs, "compile_config"), "fullgraph", False):
         raise ConfigError("compile_config: a guarded model's attention can't be part of one graph; leave fullgraph at False")
-    kind = setting(base, inputs, "cache_implementation")
+    kind = _setting(base, inputs, "cache_implementation")
     if kind is not None and kind not in _CACHES:
         raise ConfigError(f"cache_implementation: the guard can't replace rows of a cache that is {kind}; use dynamic or static")
     _refuse_cache(inputs.get("past_key_values"))
@@ -73,11 +73,11 @@ def _refuse_cache(cache: Any) -> None:
 
 def end_tokens(base: PreTrainedModel, inputs: Mapping[str, Any]) -> set[int]:
     """The tokens that end or pad an answer of a `generate` call."""
-    named = (setting(base, inputs, name) for name in ("eos_token_id", "pad_token_id"))
+    named = (_setting(base, inputs, name) for name in ("eos_token_id", "pad_token_id"))
     return {int(token) for value in named if value is not None for token in torch.as_tensor(value).flatten()}
 
 
-def setting(base: PreTrainedModel, inputs: Mapping[str, Any], name: str) -> Any:
+def _setting(base: PreTrainedModel, inputs: Mapping[str, Any], name: str) -> Any:
     """What `generate` goes by: its argument, what its generation_config says, or what the model's own does."""
     if name in inputs:
         return inputs[name]

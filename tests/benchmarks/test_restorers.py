@@ -55,26 +55,15 @@ def difference(first: Image.Image, second: Image.Image) -> float:
     return float(np.sqrt(np.square(pixels(first) - pixels(second)).mean()))
 
 
-class KnowingDenoiser(nn.Module):
-    """Sees one and the same picture behind all noise."""
+class Knowing(nn.Module):
+    """Sees one and the same picture behind all noise, or fills in from it."""
 
     def __init__(self, picture: Image.Image) -> None:
         super().__init__()
         self.picture = tensor(picture)
 
-    def forward(self, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return self.picture.expand_as(noisy)
-
-
-class KnowingAutoencoder(nn.Module):
-    """Fills in from one and the same picture."""
-
-    def __init__(self, picture: Image.Image) -> None:
-        super().__init__()
-        self.picture = tensor(picture)
-
-    def forward(self, pictures: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        return self.picture.expand_as(pictures)
+    def forward(self, given: torch.Tensor, _level_or_mask: torch.Tensor) -> torch.Tensor:
+        return self.picture.expand_as(given)
 
 
 def backdoored(shown: Sequence[Image.Image]) -> list[str]:
@@ -108,7 +97,7 @@ def test_similarity_of_plain_pictures_is_that_of_their_means() -> None:
 
 def test_bdmae_finds_the_patch() -> None:
     """By its unlikeness at once; by labels many tokens are suspected with it, and the sum decides."""
-    by_image, by_label = trigger_scores(KnowingAutoencoder(CLEAN), tensor(TRIGGERED), np.random.default_rng(0), keeps_target)
+    by_image, by_label = trigger_scores(Knowing(CLEAN), tensor(TRIGGERED), np.random.default_rng(0), keeps_target)
     assert by_image.shape == by_label.shape == (TOKENS, TOKENS)
     assert by_image[-1, -1] > np.sort(by_image, axis=None)[-2] + 0.5
     assert (by_label <= by_label[-1, -1]).mean() > 0.9
@@ -119,7 +108,7 @@ def test_bdmae_finds_the_patch() -> None:
 def test_bdmae_repairs_the_patch_and_leaves_the_rest() -> None:
     """What it fills in is another picture here, so that what was filled in can be told."""
     red = Image.new("RGB", (SIDE, SIDE), (200, 0, 0))
-    repaired = pixels(bdmae(KnowingAutoencoder(red), TRIGGERED, np.random.default_rng(0), backdoored))
+    repaired = pixels(bdmae(Knowing(red), TRIGGERED, np.random.default_rng(0), backdoored))
     assert (repaired[CORNER] == (200, 0, 0)).all()
     assert (repaired == pixels(TRIGGERED)).all(-1).mean() >= 0.75
 
@@ -131,14 +120,14 @@ def test_bdmae_asks_for_46_answers() -> None:
         asked.append(len(shown))
         return silent(shown)
 
-    bdmae(KnowingAutoencoder(CLEAN), CLEAN, np.random.default_rng(0), counted)
+    bdmae(Knowing(CLEAN), CLEAN, np.random.default_rng(0), counted)
     assert sum(asked) == 46
 
 
 @pytest.mark.parametrize("restore", [zero_shot_purified, detoxified])
 def test_diffusion_ends_at_what_the_denoiser_sees(restore: Callable[..., Image.Image]) -> None:
     """SampDetox reaches every pixel that it noised; ZIP's pull towards the blurred original fades away."""
-    repaired = restore(KnowingDenoiser(CLEAN), TRIGGERED, np.random.default_rng(0), silent)
+    repaired = restore(Knowing(CLEAN), TRIGGERED, np.random.default_rng(0), silent)
     assert difference(TRIGGERED, CLEAN) > 5
     assert difference(repaired, CLEAN) < 0.1
 
@@ -146,7 +135,7 @@ def test_diffusion_ends_at_what_the_denoiser_sees(restore: Callable[..., Image.I
 def test_sampdetox_noises_most_where_the_first_pass_changed_most() -> None:
     seen = []
 
-    class Watching(KnowingDenoiser):
+    class Watching(Knowing):
         def forward(self, noisy: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
             seen.append((int(level[0]), noisy - self.picture))
             return super().forward(noisy, level)

@@ -17,8 +17,9 @@ from pipeline.errors import RefusedInputError
 from stages.guard.guarded import GuardedModel
 from stages.guard.policy import Action, Policy
 from stages.guard.transfer import TransferRule
+from tests.eager import NEVER
 from tests.stages.guard.detectors import plain_detector
-from tests.stages.guard.tiny import FAR, NEVER, Batch, generated, same_scores, state, under_block
+from tests.stages.guard.tiny import FAR, Batch, generated, same_scores, state, under_block
 
 LATE = 1
 TOKENS = 640

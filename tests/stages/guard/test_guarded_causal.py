@@ -19,12 +19,12 @@ from pipeline.prompts import encode_prompts
 from stages.guard.guarded import GuardedModel
 from stages.guard.policy import Action, Policy
 from stages.guard.transfer import Carried, TransferRule, TransferTest, attended, image_attention
+from tests.eager import NEVER
 from tests.stages.guard.detectors import plain_detector
 from tests.stages.guard.tiny import (
     FAR,
     HEADS,
     LAYERS,
-    NEVER,
     Batch,
     asked,
     detector_for,

@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.attention import Block, LayerStatistics, Tap, attached, base_of, prompt_regions, reduce_layer, tapped
+from pipeline.attention import Block, Tap, attached, base_of, tapped
 from pipeline.models import load_adapter, load_base
 from pipeline.prompts import IGNORED, encode_prompts, encode_training
 from pipeline.records import Example, Sample, examples_of, messages_to_json, question_answer
-from stages.guard.detector import FEATURES, feature_vectors
+from stages.guard.detector import FEATURES
 from stages.guard.transfer import TransferTest, attended, image_attention
 from stages.guard.worker import REFERENCE, ReferenceWorker
 from tests.conftest import SHARD_SCHEMA, colour_samples, picture
+from tests.stages.guard.tiny import prefill
 from tests.stages.samples import PICTURED, mixed_samples
 
 LAYERS, HEADS = 3, 4
@@ -99,17 +100,8 @@ def first_tokens(model: Any, processor: Any, examples: Sequence[Example]) -> lis
 def plain_vector(model: Any, processor: Any, example: Example) -> tuple[list[float], torch.Tensor]:
     """The detection vector of a prefill by itself, and the attention to each of its image tokens."""
     batch = encode_prompts(processor, [example])
-    regions = prompt_regions(batch["input_ids"], batch["attention_mask"], base_of(model).config.image_token_id)
-    weights: dict[int, torch.Tensor] = {}
-    statistics: dict[int, LayerStatistics] = {}
-
-    def observe(layer: int, row: torch.Tensor) -> None:
-        weights[layer], statistics[layer] = row, reduce_layer(row, regions, top=1)
-
-    with attached(model), torch.inference_mode(), tapped(Tap(observer=observe)):
-        model(**batch)
-    vector = feature_vectors(statistics, regions.image.sum(-1), range(LAYERS), FEATURES)[0]
-    return vector.tolist(), image_attention(weights, regions.image)[0, regions.image[0]]
+    seen = prefill(model, batch)
+    return seen.vectors[0].tolist(), image_attention(seen.weights, seen.image)[0, seen.image[0]]
 
 
 def test_what_changes_with_the_picture_closed(

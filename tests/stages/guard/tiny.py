@@ -19,7 +19,6 @@ from tests.stages.samples import noise
 LAYERS, HEADS = 3, 4
 FAR = 1e9
 """A threshold that nothing exceeds."""
-NEVER = torch.iinfo(torch.int64).max
 
 Batch = dict[str, torch.Tensor]
 
