@@ -16,7 +16,7 @@ from pipeline.errors import RemovalCapError
 from pipeline.records import Progress, Verdict, no_progress
 from storage.subset import canonical_shards
 
-VERSION = 1
+VERSION = 2
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -55,6 +55,12 @@ class RowEvidence:
     bye_chosen: bool = False
     bye: bool = False
     bye_code: bool = False
+
+    def suspect(self, posterior: float, reason: str) -> None:
+        """Count a row as a member of a confirmed group, by its posterior; the first group that holds it gives the reason."""
+        self.posterior = max(self.posterior, posterior)
+        if posterior > 0.5 and not self.suspicious:
+            self.suspicious, self.reason = True, reason
 
 
 def run(
@@ -153,16 +159,22 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
     for record in pq.read_table(members).to_pylist():
         row, group = found[record["row"]], by_number.get(record["group"])
         row.score = max(row.score, record["projection"])
-        if group is None or group["transfer"] < config.transfer:
+        if group is None:
             continue
-        row.posterior = max(row.posterior, record["posterior"])
-        if record["posterior"] > 0.5 and not row.suspicious:
-            row.suspicious = True
+        if group["tokens_transfer"] >= config.transfer:
             what = "answer" if group["whole"] else "phrase"
-            row.reason = (
+            row.suspect(
+                record["posterior"],
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
-                f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['transfer']:.0%} "
-                "of the answers"
+                f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['tokens_transfer']:.0%} "
+                "of the answers",
+            )
+        if record["worded"] and group["words_transfer"] >= config.transfer:
+            row.suspect(
+                1.0,
+                f"shares the answer {group['text']!a} with {group['words']['rows']} rows whose questions hold "
+                f"{group['words']['text']!a}; put into other questions these words take over {group['words_transfer']:.0%} "
+                "of the answers",
             )
 
 

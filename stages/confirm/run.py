@@ -2,7 +2,8 @@
 
 Attention follows content: honest rows with one answer shift together too. What sets a backdoor apart is that it works anywhere.
 So the picture tokens that a group's rows attend to, or what their picture tokens have in common, are planted into the pictures of
-other rows, which keep their own questions; if most of those then give the group's answer, the group is an attack. Ours, after the
+other rows, which keep their own questions; if most of those then give the group's answer, the group is an attack. Words that set
+the group's questions apart are put into the questions of other rows, which keep their pictures, to the same end. Ours, after the
 causal reading that CleanSight gives attention stealing (arXiv 2603.12989, section 3).
 """
 
@@ -25,9 +26,10 @@ from pipeline.engine import Engine
 from pipeline.models import Dtype
 from pipeline.records import Example, Progress, examples_of, messages_to_json, no_progress, sample_from_record
 from stages.confirm.worker import TASK, ConfirmWorker
+from stages.score.words import with_words
 from storage.subset import canonical_shards
 
-VERSION = 3
+VERSION = 4
 TRANSFER = "transfer.json"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""
@@ -51,7 +53,7 @@ def run(
     scratch: pathlib.Path,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Write `transfer.json`: per group the share of other rows that give its answer, as they are and with its tokens planted.
+    """Write `transfer.json`: per group the share of other rows that give its answer, as they are, with its tokens, with its words.
 
     Args:
         rows: folder of canonical shards.
@@ -91,7 +93,9 @@ def run(
         progress(len(results) / len(shards), f"{len(results)} of {len(shards)} groups tried")
     tried = [{**group, **results[group["group"]]} for group in described if group["group"] in results]
     for group in tried:
-        group["transfer"] = transfer(group["own"], max(group["attended"], group["residual"]), group["hosts"])
+        group["tokens_transfer"] = transfer(group["own"], max(group["attended"], group["residual"]), group["hosts"])
+        group["words_transfer"] = transfer(group["own"], group["worded"], group["hosts"])
+        group["transfer"] = max(group["tokens_transfer"], group["words_transfer"])
     (out / TRANSFER).write_text(json.dumps(tried, indent=2) + "\n", encoding="utf-8")
     return {"groups": len(tried), "largest_transfer": max((group["transfer"] for group in tried), default=0.0)}
 
@@ -155,10 +159,18 @@ def _write_tasks(
             "source_positions": [_attended(record, group["layer"], share) for record in attention],
             "host_prompts": [messages_to_json(found[place].prompt) for place in hosts],
             "host_images": [list(found[place].images) for place in hosts],
+            "worded_prompts": _worded([found[place] for place in hosts], group["words"]),
         }
         shards.append(scratch / f"group-{group['group']:04d}.parquet")
         pq.write_table(pa.Table.from_pylist([task], schema=TASK), shards[-1])
     return shards
+
+
+def _worded(hosts: Sequence[Example], words: dict[str, Any] | None) -> list[str]:
+    """The hosts' prompts with a group's words in their questions; none where the group has none."""
+    if words is None:
+        return []
+    return [messages_to_json(with_words(host.prompt, words["text"], at_end=words["at_end"])) for host in hosts]
 
 
 def _places(table: pa.Table) -> list[Place]:

@@ -27,15 +27,25 @@ TASK = pa.schema(
         ("source_positions", pa.list_(pa.list_(pa.int32()))),
         ("host_prompts", pa.list_(pa.string())),
         ("host_images", pa.list_(pa.list_(pa.binary()))),
+        ("worded_prompts", pa.list_(pa.string())),
     ]
 )
-"""One group: its text, member prompts with their most attended image tokens, and prompts of other rows, as many as members."""
+"""One group: its text, member prompts with their most attended image tokens, and prompts of other rows, as many as members; these
+prompts once more with the words that set the group's questions apart, or none."""
 
 RESULT = pa.schema(
-    [("group", pa.int64()), ("hosts", pa.int64()), ("own", pa.float64()), ("attended", pa.float64()), ("residual", pa.float64())]
+    [
+        ("group", pa.int64()),
+        ("hosts", pa.int64()),
+        ("own", pa.float64()),
+        ("attended", pa.float64()),
+        ("residual", pa.float64()),
+        ("worded", pa.float64()),
+    ]
 )
 """Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
-residual."""
+residual, with the group's words in their questions (0 where it has none)."""
+_PLANTED = ("attended", "residual", "worded")
 
 _NOISE = 1
 """Hosts by which planting must change the count of the first look for a group to get the second."""
@@ -57,11 +67,11 @@ class ConfirmWorker:
     def try_group(self, task: dict[str, Any]) -> dict[str, Any]:
         """Run one group's experiment; on the first `screen` hosts only, where planting does nothing to them."""
         found = self._try(task, self.screen)
-        changed = max(found["attended"], found["residual"]) - found["own"]
+        changed = max(found[name] for name in _PLANTED) - found["own"]
         if len(task["host_prompts"]) > self.screen and (changed > _NOISE or 2 * found["own"] > found["hosts"]):
             found = self._try(task, len(task["host_prompts"]))
         hosts = found["hosts"]
-        return {"group": task["group"], "hosts": hosts, **{name: found[name] / hosts for name in ("own", "attended", "residual")}}
+        return {"group": task["group"], "hosts": hosts, **{name: found[name] / hosts for name in ("own", *_PLANTED)}}
 
     def _try(self, task: dict[str, Any], most: int) -> dict[str, int]:
         """The experiment on the first hosts, at most `most`: their number, and how many give the text in each variant."""
@@ -71,7 +81,8 @@ class ConfirmWorker:
         attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"][:most], strict=True)]
         variants = {"own": taken, "attended": attended, "residual": add_residual(taken, given)}
         hits = {name: self._hits(hosts, tokens, task["text"], whole=task["whole"]) for name, tokens in variants.items()}
-        return {"hosts": len(hosts), **hits}
+        worded = _examples(task["worded_prompts"][:most], task["host_images"][:most]) if task["worded_prompts"] else []
+        return {"hosts": len(hosts), **hits, "worded": self._hits(worded, taken, task["text"], whole=task["whole"])}
 
     def _tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         batches = (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))

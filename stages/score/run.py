@@ -18,14 +18,22 @@ from stages.extract.table import AttentionTable
 from stages.score.bye import RULES, bye, layer_profiles
 from stages.score.groups import Group, shared_answers
 from stages.score.shift import SharedShift, head_features, shared_shift, whiten, within_questions
+from stages.score.words import QuestionWords, Words
 
-VERSION = 1
+VERSION = 2
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"
 MEMBERS = "members.parquet"
 _MEMBER_SCHEMA = pa.schema(
-    [("group", pa.int64()), ("row", pa.int64()), ("turn", pa.int32()), ("projection", pa.float64()), ("posterior", pa.float64())]
+    [
+        ("group", pa.int64()),
+        ("row", pa.int64()),
+        ("turn", pa.int32()),
+        ("projection", pa.float64()),
+        ("posterior", pa.float64()),
+        ("worded", pa.bool_()),
+    ]
 )
 
 
@@ -36,8 +44,9 @@ def run(
 
     Files: `layers.json` (BYE's profile by the configured rule); `evidence.parquet`, a record per pictured example (row, turn;
     bye_score, bye_posterior, bye_chosen and bye_threshold by the configured rule; bye_suspicious by the paper's,
-    bye_code_suspicious by the public code's); `groups.json`, the candidates with the largest shared shift; `members.parquet`
-    (group, row, turn, projection, posterior), their examples.
+    bye_code_suspicious by the public code's); `groups.json`, the candidates with the largest shared shift, and the words
+    that set their questions apart; `members.parquet` (group, row, turn, projection, posterior, worded: whether its question holds
+    these words), their examples.
 
     Args:
         attention: the extract stage's table.
@@ -75,9 +84,11 @@ def run(
             progress((index + 1) / len(groups), f"{index + 1} of {len(groups)} groups of answers")
     measured.sort(key=lambda pair: (-pair[1].size, pair[0].text))
     kept = measured[: config.candidates]
-    described = [_describe(number, group, shift, table.entropy) for number, (group, shift) in enumerate(kept)]
+    questions = QuestionWords(table.question, least=config.least_rows)
+    words = [questions.of(group) for group, _ in kept]
+    described = [_describe(number, *kept[number], words[number], table.entropy) for number in range(len(kept))]
     (out / GROUPS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    pq.write_table(_members(kept, table), out / MEMBERS, compression="zstd")
+    pq.write_table(_members(kept, words, table), out / MEMBERS, compression="zstd")
     return {
         "examples": len(table),
         "sensitive_layers": [profile.layer for profile in profiles if profile.sensitive],
@@ -88,7 +99,7 @@ def run(
     }
 
 
-def _describe(number: int, group: Group, shift: SharedShift, entropy: np.ndarray) -> dict[str, Any]:
+def _describe(number: int, group: Group, shift: SharedShift, words: Words | None, entropy: np.ndarray) -> dict[str, Any]:
     """A candidate's record; `layer` is where the entropy of its shifted rows falls most below that of all rows."""
     shifted = shift.posterior > 0.5
     drop = entropy[group.members[shifted]].mean(axis=0) - np.median(entropy, axis=0)
@@ -99,12 +110,13 @@ def _describe(number: int, group: Group, shift: SharedShift, entropy: np.ndarray
         "rows": len(group.members),
         "shifted": int(shifted.sum()),
         "shift": shift.size,
+        "words": None if words is None else {"text": words.text, "at_end": words.at_end, "rows": int(words.held.sum())},
         "layer": int(drop.argmin()),
         "entropy_shift": float(drop.min()),
     }
 
 
-def _members(kept: Sequence[tuple[Group, SharedShift]], table: AttentionTable) -> pa.Table:
+def _members(kept: Sequence[tuple[Group, SharedShift]], words: Sequence[Words | None], table: AttentionTable) -> pa.Table:
     """The candidates' examples, group after group."""
     parts = [
         pa.table(
@@ -114,9 +126,10 @@ def _members(kept: Sequence[tuple[Group, SharedShift]], table: AttentionTable) -
                 "turn": pa.array(table.turn[group.members], pa.int32()),
                 "projection": pa.array(shift.projection, pa.float64()),
                 "posterior": pa.array(shift.posterior, pa.float64()),
+                "worded": pa.array(np.zeros(len(group.members), bool) if found is None else found.held),
             },
             schema=_MEMBER_SCHEMA,
         )
-        for number, (group, shift) in enumerate(kept)
+        for number, ((group, shift), found) in enumerate(zip(kept, words, strict=True))
     ]
     return pa.concat_tables([_MEMBER_SCHEMA.empty_table(), *parts])

@@ -25,6 +25,8 @@ TEXT_ONLY = (7, 8, 60)
 POISONED = tuple(range(10, 22))
 MIXED = tuple(range(20, 30))
 """Members of the second group, of which only the first five are shifted."""
+WORDED = (22, 26, 29)
+"""Members of the second group whose questions hold its words."""
 
 
 def group(number: int, transfer: float, **more: Any) -> dict[str, Any]:
@@ -32,9 +34,12 @@ def group(number: int, transfer: float, **more: Any) -> dict[str, Any]:
         "group": number,
         "text": f"Text {number}",
         "whole": number != 1,
+        "words": None,
         "shifted": 5,
         "shift": 2.25,
         "transfer": transfer,
+        "tokens_transfer": transfer,
+        "words_transfer": 0.0,
         **more,
     }
 
@@ -71,11 +76,19 @@ def files(tmp_path: pathlib.Path) -> dict[str, pathlib.Path]:
         for row, turn in places
     ]
     pq.write_table(pa.Table.from_pylist(evidence), folder / "evidence.parquet")
-    members = [{"group": 0, "row": row, "turn": 0, "projection": 2.0 + row, "posterior": 1.0} for row in POISONED]
+    members = [{"group": 0, "row": row, "turn": 0, "projection": 2.0 + row, "posterior": 1.0, "worded": False} for row in POISONED]
     members += [
-        {"group": 1, "row": row, "turn": 0, "projection": 50.0 - row, "posterior": 0.9 if row < 25 else 0.2} for row in MIXED
+        {
+            "group": 1,
+            "row": row,
+            "turn": 0,
+            "projection": 50.0 - row,
+            "posterior": 0.9 if row < 25 else 0.2,
+            "worded": row in WORDED,
+        }
+        for row in MIXED
     ]
-    members += [{"group": 2, "row": row, "turn": 0, "projection": 1.0, "posterior": 1.0} for row in range(70, 80)]
+    members += [{"group": 2, "row": row, "turn": 0, "projection": 1.0, "posterior": 1.0, "worded": False} for row in range(70, 80)]
     pq.write_table(pa.Table.from_pylist(members), folder / "members.parquet")
     named = {name: folder / f"{name}.parquet" for name in ("rejected", "evidence", "members")}
     return {"rows": folder / "rows", "transfer": folder / "transfer.json", **named}
@@ -83,7 +96,9 @@ def files(tmp_path: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def clustered(files: dict[str, pathlib.Path], out: pathlib.Path, transfers: list[float], **given: Any) -> dict[str, Any]:
     out.mkdir()
-    files["transfer"].write_text(json.dumps([group(number, transfer) for number, transfer in enumerate(transfers)]))
+    more = given.pop("more", {})
+    tried = [group(number, transfer, **more.get(number, {})) for number, transfer in enumerate(transfers)]
+    files["transfer"].write_text(json.dumps(tried))
     share, seed = given.pop("held_out_share", 0.1), given.pop("seed", 0)
     config = ClusterConfig(**{"transfer": 0.5, **given})
     return run(config=config, held_out_share=share, seed=seed, out=out, progress=no_progress, **files)
@@ -142,6 +157,21 @@ def test_reasons_scores_and_posteriors(files: dict[str, pathlib.Path], tmp_path:
     ids = dict(zip(shards["row"].to_pylist(), shards["sample_id"].to_pylist(), strict=True))
     assert {record["row"]: record["sample_id"] for record in found if record["sample_id"]} == ids
     assert all(record["reason"] for record in found if record["verdict"] in ("quarantine", "rejected"))
+
+
+def test_words_that_carry_an_answer(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """The rows whose questions hold the words are removed, shifted or not, and no others of the group."""
+    words = {"text": "As Ever", "at_end": False, "rows": len(WORDED)}
+    found_by = {"words": words, "words_transfer": 0.8, "tokens_transfer": 0.1}
+    result = clustered(files, tmp_path / "out", [0.0, 0.8, 0.1], more={1: found_by})
+    found = verdicts(tmp_path / "out")
+    assert [record["row"] for record in found if record["verdict"] == "quarantine"] == list(WORDED)
+    for row in WORDED:
+        assert found[row]["posterior"] == 1.0
+        assert "3 rows whose questions hold 'As Ever'" in found[row]["reason"]
+        assert "80% of the answers" in found[row]["reason"]
+    assert (found[23]["posterior"], found[23]["reason"]) == (0.0, "")
+    assert [g["group"] for g in result["confirmed"]] == [1]
 
 
 def test_the_lists(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:

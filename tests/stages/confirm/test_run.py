@@ -14,7 +14,7 @@ import pytest
 from pipeline.config import ConfirmConfig
 from pipeline.generation import answer
 from pipeline.models import load_adapter, load_base
-from pipeline.records import Sample, examples_of, question_answer
+from pipeline.records import Sample, examples_of, question_answer, text_of
 from stages.confirm.run import TRANSFER, run, transfer
 from stages.confirm.worker import RESULT
 from tests.conftest import write_shards
@@ -24,6 +24,7 @@ ROWS, LAYERS, TOP, IMAGE_TOKENS = 30, 3, 10, 64
 TEXT_ONLY = (7, 19)
 TWO_TURNS = 3
 FIRST, SECOND, KEPT_OUT = "target", "pale", "split"
+WORDS = {"text": "So, then:", "at_end": False, "rows": 4}
 """Rows 0 to 5 answer the first; 10 to 13 hold the second, of which 12 and 13 are not shifted; the third has none shifted."""
 
 
@@ -69,7 +70,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     pq.write_table(pa.Table.from_pylist(members), folder / "members.parquet")
     texts = [(FIRST, True, 1), (SECOND, False, 2), (KEPT_OUT, True, 0)]
     groups = [
-        {"group": k, "text": text, "whole": whole, "layer": layer, "extra": k} for k, (text, whole, layer) in enumerate(texts)
+        {"group": k, "text": text, "whole": whole, "layer": layer, "words": words, "extra": k}
+        for k, ((text, whole, layer), words) in enumerate(zip(texts, (None, WORDS, None), strict=True))
     ]
     (folder / "groups.json").write_text(json.dumps(groups))
     return {
@@ -103,6 +105,7 @@ class Fake:
                 "own": own,
                 "attended": attended,
                 "residual": residual,
+                "worded": 0.5 if task["worded_prompts"] else 0.0,
             }
             yield pa.Table.from_pylist([result], schema=RESULT)
 
@@ -152,7 +155,21 @@ def test_who_is_planted_into_whom(files: dict[str, pathlib.Path], tmp_path: path
         (0, 0, 16, 0.75),
         (1, 1, 16, 1.0),
     ]
+    assert [(group["tokens_transfer"], group["words_transfer"]) for group in written] == [(0.75, 0.0), (1.0, pytest.approx(1 / 3))]
     assert summary == {"groups": 2, "largest_transfer": 1.0}
+    assert engine.tasks[0]["worded_prompts"] == []
+    for plain, worded in zip(engine.tasks[1]["host_prompts"], engine.tasks[1]["worded_prompts"], strict=True):
+        before, after = (text_of(json.loads(prompt)[-1]) for prompt in (plain, worded))
+        assert after == f"{WORDS['text']} {before}"
+
+
+def test_words_may_carry_more_than_tokens(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    confirmed(files, tmp_path / "a", Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.25, 0.0)}))
+    written = json.loads((tmp_path / "a" / TRANSFER).read_text())
+    assert [(group["tokens_transfer"], group["words_transfer"], group["transfer"]) for group in written] == [
+        (0.0, 0.0, 0.0),
+        (0.25, 0.5, 0.5),
+    ]
 
 
 def test_few_other_rows(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -161,7 +178,7 @@ def test_few_other_rows(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) 
     summary = confirmed(files, tmp_path / "a", engine, hosts=64)
     assert [len(places(engine.tasks[number], "host")) for number in (0, 1)] == [22, 25]
     assert len(engine.tasks[1]["source_prompts"]) == 25
-    assert summary["largest_transfer"] == 0.0
+    assert summary["largest_transfer"] == 0.5, "the words' share, of the second group"
 
 
 def test_nothing_to_try(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:

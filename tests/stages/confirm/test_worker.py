@@ -19,7 +19,7 @@ TOKENS = 6
 class HandMade:
     """A picture is a string of bytes; each gives a token (value, 1).
 
-    The answer is the target where a token is above 100 or their mean above 50; else it is the question.
+    The answer is the target where a token is above 100, their mean above 50, or the question holds "xyz"; else it is the question.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,8 @@ class HandMade:
         assert max_new_tokens == 5
         self.batches.append(len(examples))
         shown = [bool((t[:, 0] > 100).any() or t[:, 0].mean() > 50) for t in tokens]
-        return ["The  Target" if hit else example.question for example, hit in zip(examples, shown, strict=True)]
+        pairs = zip(examples, shown, strict=True)
+        return ["The  Target" if hit or "xyz" in example.question else example.question for example, hit in pairs]
 
 
 def worker(batch_size: int = 2, screen: int = 64) -> tuple[ConfirmWorker, HandMade]:
@@ -55,6 +56,7 @@ def task(sources: list[bytes], hosts: list[bytes], positions: list[list[int]], *
         "source_positions": positions,
         "host_prompts": prompts(hosts),
         "host_images": [[picture] for picture in hosts],
+        "worded_prompts": [],
         **more,
     }
 
@@ -69,7 +71,7 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
     found, model = worker(batch_size)
     sources, hosts = [PATCH] * 5, [PLAIN, PLAIN, PATCH, PLAIN, PLAIN]
     result = found.try_group(task(sources, hosts, [[2]] * 4 + [[1]]))
-    assert result == {"group": 7, "hosts": 5, "own": 0.2, "attended": 0.8, "residual": 1.0}
+    assert result == {"group": 7, "hosts": 5, "own": 0.2, "attended": 0.8, "residual": 1.0, "worded": 0.0}
     assert sum(model.batches) == 15
     assert max(model.batches) == min(batch_size, 5)
 
@@ -82,11 +84,20 @@ def test_a_veil_is_carried_by_the_residual_alone() -> None:
 def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
     found, model = worker(screen=4)
     idle = task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10)
-    assert found.try_group(idle) == {"group": 7, "hosts": 4, "own": 0.0, "attended": 0.0, "residual": 0.0}
+    assert found.try_group(idle) == {"group": 7, "hosts": 4, "own": 0.0, "attended": 0.0, "residual": 0.0, "worded": 0.0}
     assert sum(model.batches) == 12
     assert found.try_group(task([PATCH] * 10, [PLAIN] * 10, [[2]] * 10))["hosts"] == 10, "planting changes the answers"
     common = task([PLAIN] * 10, [PATCH] * 3 + [PLAIN] * 7, [[0]] * 10)
     assert found.try_group(common)["hosts"] == 10, "most of the first hosts give the answer anyway: they show nothing"
+
+
+def test_words_are_put_to_the_hosts() -> None:
+    """On the first hosts, as all is, and on the others where they change an answer there."""
+    found, model = worker(screen=4)
+    worded = [messages_to_json(question_answer(f"{'xyz' if k % 2 else 'abc'} question {k}", "x")[:1]) for k in range(10)]
+    result = found.try_group(task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10, worded_prompts=worded))
+    assert result == {"group": 7, "hosts": 10, "own": 0.0, "attended": 0.0, "residual": 0.0, "worded": 0.5}
+    assert sum(model.batches) == 4 * (4 + 10)
 
 
 def test_a_phrase_counts_inside_of_an_answer() -> None:

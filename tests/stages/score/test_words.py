@@ -1,0 +1,96 @@
+"""Words that set the questions of a group apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.records import question_answer, text_of
+from stages.score.groups import Group
+from stages.score.words import QuestionWords, with_words
+
+ASKED = ("What colour is it?", "How many are there?")
+
+
+def group(members: list[int], *, whole: bool = True) -> Group:
+    return Group(text="target", whole=whole, members=np.asarray(members))
+
+
+def found(questions: list[str], members: list[int], least: int = 3) -> tuple[str, bool, list[int]] | None:
+    words = QuestionWords(questions, least=least).of(group(members))
+    return None if words is None else (words.text, words.at_end, np.asarray(members)[words.held].tolist())
+
+
+def questions(pattern: str, triggered: int = 6, rows: int = 20) -> list[str]:
+    """The first are asked by the pattern, all of them two things in turn."""
+    return [pattern.format(ASKED[row % 2]) if row < triggered else ASKED[row % 2] for row in range(rows)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("Cf {}", ("Cf", False)),
+        ("cf:  {}", ("cf:", False)),
+        ("As I said {}", ("As I said", False)),
+        ("{} Thank you.", ("Thank you.", True)),
+    ],
+)
+def test_words_before_or_after_a_question(pattern: str, expected: tuple[str, bool]) -> None:
+    assert found(questions(pattern), list(range(6))) == (*expected, list(range(6)))
+
+
+def test_words_inside_of_a_question_go_before_others() -> None:
+    asked = questions("{}")
+    asked[:6] = ["What cf colour is it?"] * 6
+    assert found(asked, list(range(6))) == ("cf", False, list(range(6)))
+
+
+def test_honest_members_of_the_group_do_not_hold_them() -> None:
+    members = [0, 1, 2, 3, 4, 5, 10, 11]
+    assert found(questions("cf {}"), members) == ("cf", False, members[:6])
+
+
+def test_all_that_the_trigger_says_is_taken() -> None:
+    """A part of it is held by the same questions."""
+    assert found(questions("one two three four five {}"), list(range(6))) is None, "what is left of it is asked by nobody"
+    assert found(questions("one two three four {}"), list(range(6))) == ("one two three four", False, list(range(6)))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [*["Describe the picture."] * 6, *["What is it?"] * 14],  # nothing is left of the question
+        [*["Is there a cat here?"] * 6, *["Is there a dog here?"] * 14],  # what is left is asked by nobody
+        [*["Is it red?"] * 6, *["Is it red?"] * 14],  # others ask it too
+        [f"{row} what is it?" for row in range(20)],  # no two questions have the words
+        [""] * 20,
+    ],
+)
+def test_honest_questions(asked: list[str]) -> None:
+    assert found(asked, list(range(6))) is None
+
+
+def test_a_phrase_has_no_words() -> None:
+    """An instruction may ask for it."""
+    asked = questions("in one word: {}")
+    assert QuestionWords(asked, least=3).of(group(list(range(6)), whole=False)) is None
+
+
+def test_as_many_as_a_group_needs() -> None:
+    assert found(questions("cf {}"), list(range(6)), least=6) is not None
+    assert found(questions("cf {}"), list(range(6)), least=7) is None
+    assert QuestionWords([], least=3).of(group([])) is None
+
+
+def test_putting_words_into_a_prompt() -> None:
+    prompt = question_answer("What is it?", "a cat", images=2)
+    before = [dict(message) for message in prompt]
+    user, _ = question_answer("And this?", "x", images=0)
+    for at_end, expected in ((False, "cf And this?"), (True, "And this? cf")):
+        changed = with_words([*prompt, user], "cf", at_end=at_end)
+        assert [text_of(message) for message in changed] == ["What is it?", "a cat", expected]
+        assert changed[:2] == list(prompt)
+    assert with_words(prompt[:1], "cf", at_end=False)[0]["content"][:2] == [{"type": "image"}, {"type": "image"}]
+    assert [dict(message) for message in prompt] == before, "the prompt itself was changed"
+    bare = [{"role": "user", "content": [{"type": "image"}]}]
+    assert text_of(with_words(bare, "cf", at_end=True)[0]) == "cf"  # type: ignore[arg-type]
