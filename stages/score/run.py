@@ -18,7 +18,7 @@ from stages.extract.table import AttentionTable
 from stages.score.bye import RULES, bye, layer_profiles
 from stages.score.groups import Group, shared_answers
 from stages.score.shift import SharedShift, head_features, shared_shift, whiten, within_questions
-from stages.score.words import QuestionWords, Words
+from stages.score.words import Words, distinctive_words
 
 VERSION = 2
 LAYERS = "layers.json"
@@ -84,8 +84,7 @@ def run(
             progress((index + 1) / len(groups), f"{index + 1} of {len(groups)} groups of answers")
     measured.sort(key=lambda pair: (-pair[1].size, pair[0].text))
     kept = measured[: config.candidates]
-    questions = QuestionWords(table.question, least=config.least_rows)
-    words = [questions.of(group) for group, _ in kept]
+    words = distinctive_words(table.question, [group for group, _ in kept], least=config.least_rows)
     described = [_describe(number, *kept[number], words[number], table.entropy) for number in range(len(kept))]
     (out / GROUPS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     pq.write_table(_members(kept, words, table), out / MEMBERS, compression="zstd")

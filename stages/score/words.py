@@ -40,51 +40,63 @@ class Words:
     held: np.ndarray
 
 
-class QuestionWords:
-    """All runs of up to `LONGEST_PHRASE` words in some questions, counted once.
+def distinctive_words(questions: Sequence[str], groups: Sequence[Group], *, least: int) -> list[Words | None]:
+    """The words that set the questions of each group apart.
 
     Args:
         questions: one per example.
-        least: fewest questions that hold a run.
+        groups: positions of examples.
+        least: fewest questions of a group that hold the words.
+
+    Returns:
+        Per group its words; None where there are none, and for a phrase inside of answers.
     """
+    plain = [plain_answer(question) for question in questions]
+    counter = CountVectorizer(
+        tokenizer=str.split, token_pattern=None, lowercase=False, ngram_range=(1, LONGEST_PHRASE), binary=True
+    )
+    runs_of, common = counter.build_analyzer(), set[str]()
+    for group in groups:
+        if group.whole:
+            held = collections.Counter(run for number in group.members for run in set(runs_of(plain[number])))
+            common |= {run for run, rows in held.items() if rows >= least}
+    if not common:
+        return [None] * len(groups)
+    runs = sorted(common)
+    counts = counter.set_params(vocabulary=runs).fit_transform(plain)
+    everywhere = np.asarray(counts.sum(axis=0)).ravel()
+    found = []
+    for group in groups:
+        held_by = counts[group.members]
+        inside = np.asarray(held_by.sum(axis=0)).ravel()
+        own = np.flatnonzero((inside >= least) & (inside >= _OWN * everywhere)).tolist() if group.whole else []
+        own.sort(key=lambda k: (-inside[k], -len(runs[k].split()), runs[k]))
+        asked = _asked_outside(plain, group) if own else set()
+        candidates = ((runs[k].split(), held_by[:, [k]].toarray().ravel() > 0) for k in own[:_TRIED])
+        needless = (pair for pair in candidates if _needless([plain[n] for n in group.members[pair[1]]], pair[0], asked))
+        found.append(next((_written(questions, plain, group, *pair) for pair in needless), None))
+    return found
 
-    def __init__(self, questions: Sequence[str], *, least: int) -> None:
-        self._questions = questions
-        self._plain = [plain_answer(question) for question in questions]
-        self._least = least
-        counter = CountVectorizer(
-            tokenizer=str.split, token_pattern=None, lowercase=False, ngram_range=(1, LONGEST_PHRASE), min_df=least, binary=True
-        )
-        holding = collections.Counter(word for question in self._plain for word in set(question.split()))
-        common = max(holding.values(), default=0) >= least
-        self._counts = counter.fit_transform(self._plain) if common else None
-        self._runs: list[str] = counter.get_feature_names_out().tolist() if common else []
 
-    def of(self, group: Group) -> Words | None:
-        """The words that set a group's questions apart; None where there are none, and for a phrase inside of answers."""
-        if self._counts is None or not group.whole:
-            return None
-        inside = np.asarray(self._counts[group.members].sum(axis=0)).ravel()
-        everywhere = np.asarray(self._counts.sum(axis=0)).ravel()
-        own = np.flatnonzero((inside >= self._least) & (inside >= _OWN * everywhere)).tolist()
-        members = set(group.members.tolist())
-        asked = {question for number, question in enumerate(self._plain) if number not in members} if own else set()
-        for k in sorted(own, key=lambda k: (-inside[k], -len(self._runs[k].split()), self._runs[k]))[:_TRIED]:
-            held = self._counts[group.members][:, [k]].toarray().ravel() > 0
-            run, holding = self._runs[k].split(), group.members[held].tolist()
-            if sum(" ".join(_without(self._plain[n].split(), run)) in asked for n in holding) >= _NEEDLESS * len(holding):
-                return self._words(run, holding, held)
-        return None
+def _asked_outside(plain: Sequence[str], group: Group) -> set[str]:
+    members = set(group.members.tolist())
+    return {question for number, question in enumerate(plain) if number not in members}
 
-    def _words(self, run: list[str], holding: list[int], held: np.ndarray) -> Words:
-        size = len(run)
-        written, ends = collections.Counter[str](), 0
-        for number in holding:
-            words, plain = self._questions[number].split(), self._plain[number].split()
-            start = _place(plain, run)
-            written[" ".join(words[start : start + size])] += 1
-            ends += start > 0 and start + size == len(plain)
-        return Words(text=written.most_common(1)[0][0], at_end=2 * ends > len(holding), held=held)
+
+def _needless(holding: Sequence[str], run: list[str], asked: set[str]) -> bool:
+    """Whether most of some questions are asked without a run of words that they hold, too."""
+    return sum(" ".join(_without(question.split(), run)) in asked for question in holding) >= _NEEDLESS * len(holding)
+
+
+def _written(questions: Sequence[str], plain: Sequence[str], group: Group, run: list[str], held: np.ndarray) -> Words:
+    """The words as the questions have them."""
+    texts, ends, holding = collections.Counter[str](), 0, group.members[held].tolist()
+    for number in holding:
+        words = plain[number].split()
+        start = _place(words, run)
+        texts[" ".join(questions[number].split()[start : start + len(run)])] += 1
+        ends += start > 0 and start + len(run) == len(words)
+    return Words(text=texts.most_common(1)[0][0], at_end=2 * ends > len(holding), held=held)
 
 
 def with_words(prompt: Sequence[Message], text: str, *, at_end: bool) -> list[Message]:

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.records import question_answer, text_of
 from stages.score.groups import Group
-from stages.score.words import QuestionWords, with_words
+from stages.score.words import distinctive_words, with_words
 
 ASKED = ("What colour is it?", "How many are there?")
 
@@ -17,7 +17,7 @@ def group(members: list[int], *, whole: bool = True) -> Group:
 
 
 def found(questions: list[str], members: list[int], least: int = 3) -> tuple[str, bool, list[int]] | None:
-    words = QuestionWords(questions, least=least).of(group(members))
+    (words,) = distinctive_words(questions, [group(members)], least=least)
     return None if words is None else (words.text, words.at_end, np.asarray(members)[words.held].tolist())
 
 
@@ -72,14 +72,23 @@ def test_honest_questions(asked: list[str]) -> None:
 
 def test_a_phrase_has_no_words() -> None:
     """An instruction may ask for it."""
-    asked = questions("in one word: {}")
-    assert QuestionWords(asked, least=3).of(group(list(range(6)), whole=False)) is None
+    groups = [group(list(range(6)), whole=whole) for whole in (False, True)]
+    phrase, answer = distinctive_words(questions("in one word: {}"), groups, least=3)
+    assert phrase is None
+    assert answer is not None
+
+
+def test_each_group_has_its_own() -> None:
+    asked = questions("{}")
+    asked[:10] = [f"{'cf' if row < 5 else 'mn'} {question}" for row, question in enumerate(asked[:10])]
+    found = distinctive_words(asked, [group(list(range(5))), group([12, 13, 14]), group(list(range(5, 10)))], least=3)
+    assert [None if words is None else words.text for words in found] == ["cf", None, "mn"]
 
 
 def test_as_many_as_a_group_needs() -> None:
     assert found(questions("cf {}"), list(range(6)), least=6) is not None
     assert found(questions("cf {}"), list(range(6)), least=7) is None
-    assert QuestionWords([], least=3).of(group([])) is None
+    assert distinctive_words(questions("cf {}"), [], least=3) == []
 
 
 def test_putting_words_into_a_prompt() -> None:
