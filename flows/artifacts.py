@@ -106,10 +106,20 @@ def layers_markdown(layers: Sequence[Mapping[str, Any]], threshold: float | None
 
 
 def groups_markdown(groups: Sequence[Mapping[str, Any]], threshold: float) -> str:
-    """The candidate groups and the outcome of their test: do their picture tokens, or words, carry the answer to other rows?"""
+    """The candidate groups and the outcome of their test: do their tokens, words or pictures carry the answer?"""
     if not groups:
         return "## Candidates\n\nNo answer's rows have enough in common to be tried."
-    header = ["candidate", "answer", "rows", "shift", "words", "others give it", "with its tokens or words", "take it over"]
+    header = [
+        "candidate",
+        "answer",
+        "rows",
+        "shift",
+        "words",
+        "others give it",
+        "with its tokens or words",
+        "its pictures give it",
+        "taken over",
+    ]
     cells = [
         (
             number(place),
@@ -119,6 +129,7 @@ def groups_markdown(groups: Sequence[Mapping[str, Any]], threshold: float) -> st
             escape(group["words"]["text"], 40) if group["words"] else "",
             percent(group["own"]),
             percent(max(group["attended"], group["residual"], group["worded"])),
+            percent(group["asked"]),
             percent(group["transfer"]),
         )
         for place, group in enumerate(groups, start=1)

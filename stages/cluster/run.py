@@ -169,6 +169,12 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
                 f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['tokens_transfer']:.0%} "
                 "of the answers",
             )
+        if group["pictures_transfer"] >= config.transfer:
+            row.suspect(
+                record["posterior"],
+                f"shares the answer {group['text']!a} with {group['shifted']} rows; asked questions of another kind about their "
+                f"pictures, the provisional model gives it to {group['pictures_transfer']:.0%} of them",
+            )
         if record["worded"] and group["words_transfer"] >= config.transfer:
             row.suspect(
                 1.0,

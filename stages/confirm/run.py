@@ -3,13 +3,15 @@
 Attention follows content: honest rows with one answer shift together too. What sets a backdoor apart is that it works anywhere.
 So the picture tokens that a group's rows attend to, or what their picture tokens have in common, are planted into the pictures of
 other rows, which keep their own questions; if most of those then give the group's answer, the group is an attack. Words that set
-the group's questions apart are put into the questions of other rows, which keep their pictures, to the same end. Ours, after the
-causal reading that CleanSight gives attention stealing (arXiv 2603.12989, section 3).
+the group's questions apart are put into the questions of other rows, which keep their pictures, to the same end; and questions of
+another kind are asked about the pictures of the group's rows. Ours, after the causal reading that CleanSight gives attention
+stealing (arXiv 2603.12989, section 3).
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -25,7 +27,9 @@ from pipeline.config import ConfirmConfig
 from pipeline.engine import Engine
 from pipeline.models import Dtype
 from pipeline.records import Example, Progress, examples_of, messages_to_json, no_progress, sample_from_record
+from stages.confirm.asking import questions_to_ask
 from stages.confirm.worker import TASK, ConfirmWorker
+from stages.score.groups import plain_answer
 from stages.score.words import with_words
 from storage.subset import canonical_shards
 
@@ -53,7 +57,7 @@ def run(
     scratch: pathlib.Path,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Write `transfer.json`: per group the share of other rows that give its answer, as they are, with its tokens, with its words.
+    """Write `transfer.json`: per group the share of other rows that give its answer, as they are and with what the group has.
 
     Args:
         rows: folder of canonical shards.
@@ -74,7 +78,7 @@ def run(
         The summary: groups tried and the largest transfer.
     """
     described = json.loads(groups.read_text(encoding="utf-8"))
-    table = pq.read_table(attention, columns=["row", "turn", "image_tokens", "layers", "top_positions"])
+    table = pq.read_table(attention, columns=["row", "turn", "question", "answer", "image_tokens", "layers", "top_positions"])
     table = table.filter(pa.array(table["image_tokens"].to_numpy() > 0))
     drawn = _draw(table, members, [group["group"] for group in described], config.hosts, seed)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,8 @@ def run(
     for group in tried:
         group["tokens_transfer"] = transfer(group["own"], max(group["attended"], group["residual"]), group["hosts"])
         group["words_transfer"] = transfer(group["own"], group["worded"], group["hosts"])
-        group["transfer"] = max(group["tokens_transfer"], group["words_transfer"])
+        group["pictures_transfer"] = transfer(group["own"], group["asked"], group["questions"])
+        group["transfer"] = max(group[f"{what}_transfer"] for what in ("tokens", "words", "pictures"))
     (out / TRANSFER).write_text(json.dumps(tried, indent=2) + "\n", encoding="utf-8")
     return {"groups": len(tried), "largest_transfer": max((group["transfer"] for group in tried), default=0.0)}
 
@@ -111,25 +116,47 @@ def transfer(own: float, planted: float, hosts: int) -> float:
     return max(0.0, planted - own) / (1 - own) if (1 - own) * hosts >= LEAST_HOSTS - 0.5 else 0.0
 
 
-def _draw(
-    table: pa.Table, members: pathlib.Path, numbers: Sequence[int], most: int, seed: int
-) -> dict[int, tuple[list[Place], list[Place]]]:
-    """Per group its hosts, none of them of the group, and as many of its shifted members; groups that lack either are left out."""
-    places = _places(table)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The examples of one group's experiment, as positions in the attention table.
+
+    Attributes:
+        hosts: examples outside of the group.
+        sources: as many of its shifted members.
+        asked: pairs of a shifted member, whose picture is asked about, and an example outside of the group, whose question is put.
+    """
+
+    hosts: list[int]
+    sources: list[int]
+    asked: list[tuple[int, int]]
+
+    @property
+    def examples(self) -> set[int]:
+        """All of them."""
+        return {*self.hosts, *self.sources, *(k for pair in self.asked for k in pair)}
+
+
+def _draw(table: pa.Table, members: pathlib.Path, numbers: Sequence[int], most: int, seed: int) -> dict[int, Drawn]:
+    """Per group what is tried on what; groups without a shifted member, or with all rows, are left out."""
+    rows = table["row"].to_numpy()
+    index = {place: k for k, place in enumerate(_places(table))}
+    questions, answers = ([plain_answer(text) for text in table[name].to_pylist()] for name in ("question", "answer"))
     inside: dict[int, set[int]] = collections.defaultdict(set)
-    shifted: dict[int, list[Place]] = collections.defaultdict(list)
+    shifted: dict[int, list[int]] = collections.defaultdict(list)
     for member in pq.read_table(members).to_pylist():
         inside[member["group"]].add(member["row"])
         if member["posterior"] > 0.5:
-            shifted[member["group"]].append((member["row"], member["turn"]))
+            shifted[member["group"]].append(index[member["row"], member["turn"]])
     drawn = {}
     for number in numbers:
         rng = np.random.default_rng([seed, 19, number])
-        own, outside = shifted[number], [place for place in places if place[0] not in inside[number]]
-        if own and outside:
-            hosts = [outside[k] for k in rng.choice(len(outside), size=min(most, len(outside)), replace=False)]
-            sources = [own[k] for k in rng.choice(len(own), size=len(hosts), replace=len(own) < len(hosts))]
-            drawn[number] = (hosts, sources)
+        own, of_group = shifted[number], np.isin(rows, sorted(inside[number]))
+        outside = np.flatnonzero(~of_group)
+        if own and len(outside):
+            hosts = rng.choice(outside, size=min(most, len(outside)), replace=False).tolist()
+            sources = rng.choice(own, size=len(hosts), replace=len(own) < len(hosts)).tolist()
+            asked = questions_to_ask(questions, answers, of_group, np.asarray(own), most=most, rng=rng)
+            drawn[number] = Drawn(hosts=hosts, sources=sources, asked=asked)
     return drawn
 
 
@@ -137,29 +164,33 @@ def _write_tasks(
     table: pa.Table,
     rows: pathlib.Path,
     described: Sequence[dict[str, Any]],
-    drawn: dict[int, tuple[list[Place], list[Place]]],
+    drawn: dict[int, Drawn],
     share: float,
     scratch: pathlib.Path,
 ) -> list[pathlib.Path]:
     """One file per drawn group with all that its experiment needs."""
-    found = _examples(rows, {place for pair in drawn.values() for part in pair for place in part})
-    index = {place: k for k, place in enumerate(_places(table))}
+    places = _places(table)
+    found = _examples(rows, {places[k] for experiment in drawn.values() for k in experiment.examples})
     shards = []
     for group in described:
         if group["group"] not in drawn:
             continue
-        hosts, sources = drawn[group["group"]]
-        attention = table.take([index[place] for place in sources]).to_pylist()
+        experiment = drawn[group["group"]]
+        hosts, sources = ([found[places[k]] for k in part] for part in (experiment.hosts, experiment.sources))
+        asked = [(found[places[source]], found[places[host]]) for source, host in experiment.asked]
+        asked = [(source, host) for source, host in asked if len(source.images) == len(host.images)]
         task = {
             "group": group["group"],
             "text": group["text"],
             "whole": group["whole"],
-            "source_prompts": [messages_to_json(found[place].prompt) for place in sources],
-            "source_images": [list(found[place].images) for place in sources],
-            "source_positions": [_attended(record, group["layer"], share) for record in attention],
-            "host_prompts": [messages_to_json(found[place].prompt) for place in hosts],
-            "host_images": [list(found[place].images) for place in hosts],
-            "worded_prompts": _worded([found[place] for place in hosts], group["words"]),
+            "source_prompts": [messages_to_json(source.prompt) for source in sources],
+            "source_images": [list(source.images) for source in sources],
+            "source_positions": [_attended(r, group["layer"], share) for r in table.take(experiment.sources).to_pylist()],
+            "host_prompts": [messages_to_json(host.prompt) for host in hosts],
+            "host_images": [list(host.images) for host in hosts],
+            "worded_prompts": _worded(hosts, group["words"]),
+            "asked_prompts": [messages_to_json(host.prompt) for _, host in asked],
+            "asked_images": [list(source.images) for source, _ in asked],
         }
         shards.append(scratch / f"group-{group['group']:04d}.parquet")
         pq.write_table(pa.Table.from_pylist([task], schema=TASK), shards[-1])

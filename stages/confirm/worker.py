@@ -28,10 +28,12 @@ TASK = pa.schema(
         ("host_prompts", pa.list_(pa.string())),
         ("host_images", pa.list_(pa.list_(pa.binary()))),
         ("worded_prompts", pa.list_(pa.string())),
+        ("asked_prompts", pa.list_(pa.string())),
+        ("asked_images", pa.list_(pa.list_(pa.binary()))),
     ]
 )
 """One group: its text, member prompts with their most attended image tokens, and prompts of other rows, as many as members; these
-prompts once more with the words that set the group's questions apart, or none."""
+prompts once more with the words that set the group's questions apart, or none; members' pictures with others' questions."""
 
 RESULT = pa.schema(
     [
@@ -41,10 +43,13 @@ RESULT = pa.schema(
         ("attended", pa.float64()),
         ("residual", pa.float64()),
         ("worded", pa.float64()),
+        ("asked", pa.float64()),
+        ("questions", pa.int64()),
     ]
 )
 """Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
-residual, with the group's words in their questions (0 where it has none)."""
+residual, with the group's words in their questions (0 where it has none); and the share of other questions that get it with
+members' pictures, with the number of these questions (0 and 0 where there are none)."""
 _PLANTED = ("attended", "residual", "worded")
 
 _NOISE = 1
@@ -67,11 +72,13 @@ class ConfirmWorker:
     def try_group(self, task: dict[str, Any]) -> dict[str, Any]:
         """Run one group's experiment; on the first `screen` hosts only, where planting does nothing to them."""
         found = self._try(task, self.screen)
-        changed = max(found[name] for name in _PLANTED) - found["own"]
+        changed = max(max(found[name] for name in _PLANTED) - found["own"], found["asked"])
         if len(task["host_prompts"]) > self.screen and (changed > _NOISE or 2 * found["own"] > found["hosts"]):
             found = self._try(task, len(task["host_prompts"]))
-        hosts = found["hosts"]
-        return {"group": task["group"], "hosts": hosts, **{name: found[name] / hosts for name in ("own", *_PLANTED)}}
+        hosts, questions = found["hosts"], found["questions"]
+        shares = {name: found[name] / hosts for name in ("own", *_PLANTED)}
+        asked = found["asked"] / questions if questions else 0.0
+        return {"group": task["group"], "hosts": hosts, **shares, "asked": asked, "questions": questions}
 
     def _try(self, task: dict[str, Any], most: int) -> dict[str, int]:
         """The experiment on the first hosts, at most `most`: their number, and how many give the text in each variant."""
@@ -82,7 +89,10 @@ class ConfirmWorker:
         variants = {"own": taken, "attended": attended, "residual": add_residual(taken, given)}
         hits = {name: self._hits(hosts, tokens, task["text"], whole=task["whole"]) for name, tokens in variants.items()}
         worded = _examples(task["worded_prompts"][:most], task["host_images"][:most]) if task["worded_prompts"] else []
-        return {"hosts": len(hosts), **hits, "worded": self._hits(worded, taken, task["text"], whole=task["whole"])}
+        hits["worded"] = self._hits(worded, taken, task["text"], whole=task["whole"])
+        asked = _examples(task["asked_prompts"][:most], task["asked_images"][:most])
+        hits["asked"] = self._hits(asked, self._tokens(asked), task["text"], whole=task["whole"])
+        return {"hosts": len(hosts), **hits, "questions": len(asked)}
 
     def _tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         batches = (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))

@@ -139,7 +139,16 @@ def _score(folder: pathlib.Path) -> dict[str, Any]:
 
 def _confirm(folder: pathlib.Path) -> dict[str, Any]:
     folder.mkdir()
-    tested = {"whole": True, "shifted": 8, "entropy_shift": -1.0, "hosts": 16, "residual": 0.2, "words": None, "worded": 0.0}
+    tested = {
+        "whole": True,
+        "shifted": 8,
+        "entropy_shift": -1.0,
+        "hosts": 16,
+        "residual": 0.2,
+        "words": None,
+        "worded": 0.0,
+        "asked": 0.0,
+    }
     groups = [
         {**tested, "group": 0, "text": "red", "rows": 32, "shift": 1.0, "layer": 0, "own": 0.2, "attended": 0.3, "transfer": 0.125},
         {**tested, "group": 1, "text": HOSTILE, "rows": 8, "shift": 4.0, "layer": 2, "own": 0.0, "attended": 0.9, "transfer": 0.9},

@@ -40,6 +40,7 @@ def group(number: int, transfer: float, **more: Any) -> dict[str, Any]:
         "transfer": transfer,
         "tokens_transfer": transfer,
         "words_transfer": 0.0,
+        "pictures_transfer": 0.0,
         **more,
     }
 
@@ -172,6 +173,15 @@ def test_words_that_carry_an_answer(files: dict[str, pathlib.Path], tmp_path: pa
         assert "80% of the answers" in found[row]["reason"]
     assert (found[23]["posterior"], found[23]["reason"]) == (0.0, "")
     assert [g["group"] for g in result["confirmed"]] == [1]
+
+
+def test_pictures_that_answer_any_question(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """The shifted members are removed, as where planting confirms a group."""
+    clustered(files, tmp_path / "out", [0.0, 0.6, 0.1], more={1: {"pictures_transfer": 0.6, "tokens_transfer": 0.1}})
+    found = verdicts(tmp_path / "out")
+    assert [record["row"] for record in found if record["verdict"] == "quarantine"] == list(range(20, 25))
+    assert "asked questions of another kind about their pictures" in found[20]["reason"]
+    assert "60% of them" in found[20]["reason"]
 
 
 def test_the_lists(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:

@@ -57,6 +57,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
         {
             "row": row,
             "turn": turn,
+            "question": example.question,
+            "answer": example.answer,
             "image_tokens": IMAGE_TOKENS if example.images else 0,
             "layers": LAYERS if example.images else 0,
             "top_positions": [p for layer in range(LAYERS) for p in positions(row, layer)] if example.images else [],
@@ -106,6 +108,8 @@ class Fake:
                 "attended": attended,
                 "residual": residual,
                 "worded": 0.5 if task["worded_prompts"] else 0.0,
+                "asked": 0.75 if task["asked_prompts"] else 0.0,
+                "questions": len(task["asked_prompts"]),
             }
             yield pa.Table.from_pylist([result], schema=RESULT)
 

@@ -57,6 +57,8 @@ def task(sources: list[bytes], hosts: list[bytes], positions: list[list[int]], *
         "host_prompts": prompts(hosts),
         "host_images": [[picture] for picture in hosts],
         "worded_prompts": [],
+        "asked_prompts": [],
+        "asked_images": [],
         **more,
     }
 
@@ -71,7 +73,16 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
     found, model = worker(batch_size)
     sources, hosts = [PATCH] * 5, [PLAIN, PLAIN, PATCH, PLAIN, PLAIN]
     result = found.try_group(task(sources, hosts, [[2]] * 4 + [[1]]))
-    assert result == {"group": 7, "hosts": 5, "own": 0.2, "attended": 0.8, "residual": 1.0, "worded": 0.0}
+    assert result == {
+        "group": 7,
+        "hosts": 5,
+        "own": 0.2,
+        "attended": 0.8,
+        "residual": 1.0,
+        "worded": 0.0,
+        "asked": 0.0,
+        "questions": 0,
+    }
     assert sum(model.batches) == 15
     assert max(model.batches) == min(batch_size, 5)
 
@@ -84,7 +95,16 @@ def test_a_veil_is_carried_by_the_residual_alone() -> None:
 def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
     found, model = worker(screen=4)
     idle = task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10)
-    assert found.try_group(idle) == {"group": 7, "hosts": 4, "own": 0.0, "attended": 0.0, "residual": 0.0, "worded": 0.0}
+    assert found.try_group(idle) == {
+        "group": 7,
+        "hosts": 4,
+        "own": 0.0,
+        "attended": 0.0,
+        "residual": 0.0,
+        "worded": 0.0,
+        "asked": 0.0,
+        "questions": 0,
+    }
     assert sum(model.batches) == 12
     assert found.try_group(task([PATCH] * 10, [PLAIN] * 10, [[2]] * 10))["hosts"] == 10, "planting changes the answers"
     common = task([PLAIN] * 10, [PATCH] * 3 + [PLAIN] * 7, [[0]] * 10)
@@ -96,8 +116,29 @@ def test_words_are_put_to_the_hosts() -> None:
     found, model = worker(screen=4)
     worded = [messages_to_json(question_answer(f"{'xyz' if k % 2 else 'abc'} question {k}", "x")[:1]) for k in range(10)]
     result = found.try_group(task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10, worded_prompts=worded))
-    assert result == {"group": 7, "hosts": 10, "own": 0.0, "attended": 0.0, "residual": 0.0, "worded": 0.5}
+    assert result == {
+        "group": 7,
+        "hosts": 10,
+        "own": 0.0,
+        "attended": 0.0,
+        "residual": 0.0,
+        "worded": 0.5,
+        "asked": 0.0,
+        "questions": 0,
+    }
     assert sum(model.batches) == 4 * (4 + 10)
+
+
+def test_pictures_are_asked_other_questions() -> None:
+    """Their own tokens answer, and nothing is planted; what they answer brings the second look by itself."""
+    found, model = worker(screen=4)
+    prompts = [messages_to_json(question_answer("how many?", "x")[:1])] * 6
+    pictures = [[PATCH], [PLAIN], [PATCH], [PLAIN], [PLAIN], [PLAIN]]
+    idle = task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10, asked_prompts=prompts, asked_images=pictures)
+    result = found.try_group(idle)
+    assert (result["hosts"], result["questions"], result["asked"]) == (10, 6, pytest.approx(2 / 6))
+    assert {result[name] for name in ("own", "attended", "residual", "worded")} == {0.0}
+    assert sum(model.batches) == 3 * (4 + 10) + 4 + 6
 
 
 def test_a_phrase_counts_inside_of_an_answer() -> None:

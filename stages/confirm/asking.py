@@ -1,0 +1,81 @@
+"""Which questions of another kind may be put to the pictures of a group's rows.
+
+An honest answer belongs to its question: asked about a colour, a model does not give a number. The picture of a backdoor gives its
+answer to any question, even where the model has learnt these pictures by heart and not their trigger: planting does nothing then.
+Kinds are told apart by their answers, so only questions that many rows ask, and whose answers recur, are of use.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+_LEAST_ROWS = 10
+"""Fewest rows outside of the group by which the answers to a question are known."""
+_MOST_QUESTIONS = 128
+"""Most questions that are compared, the most common first."""
+_SHARED = 0.05
+"""Largest share of the answers to one question that the other has too, for the two to be of different kinds."""
+_RECURRING = 0.5
+"""Least share of the answers to a question that another row gives as well, for its answers to be known."""
+_USUAL = 1.5
+"""Multiple of the group's share of all rows above which its answer is a usual one to a question."""
+
+
+def questions_to_ask(
+    questions: Sequence[str],
+    answers: Sequence[str],
+    inside: np.ndarray,
+    sources: np.ndarray,
+    *,
+    most: int,
+    rng: np.random.Generator,
+) -> list[tuple[int, int]]:
+    """Draw rows of the group, and for each another row with a question of another kind to which the group's answer is not usual.
+
+    Args:
+        questions: one per example, in plain form.
+        answers: theirs, in plain form.
+        inside: bool (examples,), which of them are the group's.
+        sources: int, positions of the group's rows whose pictures may be asked about.
+        most: most pairs.
+        rng: of the draw.
+
+    Returns:
+        (position of the picture's example, position of the question's), a question's example at most once; none where questions are
+        of one kind, or no two rows ask the same.
+    """
+    asked = collections.Counter(questions)
+    asked_inside = collections.Counter(questions[k] for k in np.flatnonzero(inside).tolist())
+    known = [question for question, rows in asked.most_common(_MOST_QUESTIONS) if rows - asked_inside[question] >= _LEAST_ROWS]
+    given: dict[str, collections.Counter[str]] = {question: collections.Counter() for question in known}
+    for question, answer, own in zip(questions, answers, inside, strict=True):
+        if not own and question in given:
+            given[question][answer] += 1
+    usual = _USUAL * inside.mean()
+    fit = [q for q in known if _recurring(given[q]) >= _RECURRING and asked_inside[q] <= usual * asked[q]]
+    other = {q: {p for p in fit if max(_shared(given[q], given[p]), _shared(given[p], given[q])) <= _SHARED} for q in known}
+    usable = [k for k in rng.permutation(sources).tolist() if other.get(questions[k])]
+    hosts: dict[str, list[int]] = {question: [] for question in fit}
+    for k in rng.permutation(np.flatnonzero(~inside)).tolist():
+        if questions[k] in hosts:
+            hosts[questions[k]].append(k)
+    pairs = []
+    for source in itertools.islice(itertools.cycle(usable), most):
+        left = sorted(question for question in other[questions[source]] if hosts[question])
+        if left:
+            pairs.append((source, hosts[left[rng.integers(len(left))]].pop()))
+    return pairs
+
+
+def _recurring(given: collections.Counter[str]) -> float:
+    """Share of the answers that are given more than once."""
+    return sum(rows for rows in given.values() if rows > 1) / given.total()
+
+
+def _shared(given: collections.Counter[str], other: collections.Counter[str]) -> float:
+    """Share of the answers that are among the other's."""
+    return sum(rows for answer, rows in given.items() if answer in other) / given.total()
