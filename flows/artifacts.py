@@ -105,7 +105,7 @@ def layers_markdown(layers: Sequence[Mapping[str, Any]], threshold: float | None
     return "\n\n".join(["## Bimodal separation of the layers", plot, table(header, cells)])
 
 
-def groups_markdown(groups: Sequence[Mapping[str, Any]], threshold: float) -> str:
+def groups_markdown(groups: Sequence[Mapping[str, Any]], *, planted: float, pictures: float) -> str:
     """The candidate groups and the outcome of their test: do their tokens, words or pictures carry the answer?"""
     if not groups:
         return "## Candidates\n\nNo answer's rows have enough in common to be tried."
@@ -117,8 +117,8 @@ def groups_markdown(groups: Sequence[Mapping[str, Any]], threshold: float) -> st
         "words",
         "others give it",
         "with its tokens or words",
-        "its pictures give it",
         "taken over",
+        "its pictures give it",
     ]
     cells = [
         (
@@ -129,13 +129,14 @@ def groups_markdown(groups: Sequence[Mapping[str, Any]], threshold: float) -> st
             escape(group["words"]["text"], 40) if group["words"] else "",
             percent(group["own"]),
             percent(max(group["attended"], group["residual"], group["worded"])),
-            percent(group["asked"]),
             percent(group["transfer"]),
+            percent(group["asked"]),
         )
         for place, group in enumerate(groups, start=1)
     ]
-    plot = _image("transfer", figures.plot_transfer(groups, threshold))
-    return "\n\n".join([f"## Candidates; removed from {percent(threshold)} on", plot, table(header, cells)])
+    plot = _image("transfer", figures.plot_transfer(groups, planted=planted, pictures=pictures))
+    title = f"## Candidates; removed from {percent(planted)} of other rows, or {percent(pictures)} of other questions on"
+    return "\n\n".join([title, plot, table(header, cells)])
 
 
 def scores_markdown(scores: findings.Scores, result: Mapping[str, Any]) -> str:
@@ -269,7 +270,11 @@ def builders(stage: str, result: StageResult, config: RunConfig) -> dict[str, Ca
         "ingest": {"ingest": lambda: ingest_markdown(summary, findings.read_rejected(folder, SHOWN_REJECTS))},
         "provisional": {"provisional-loss": lambda: losses_markdown({stage: findings.read_losses(folder)})},
         "score": {"layers": lambda: layers_markdown(findings.read_json(folder / "layers.json"), layer_threshold(config))},
-        "confirm": {"candidates": lambda: groups_markdown(findings.read_groups(folder), config.cluster.transfer)},
+        "confirm": {
+            "candidates": lambda: groups_markdown(
+                findings.read_groups(folder), planted=config.cluster.transfer, pictures=config.cluster.pictures
+            )
+        },
         "cluster": {"scores": lambda: _scores(folder)},
         "final": {"final-loss": lambda: losses_markdown({stage: findings.read_losses(folder)})},
         "guard": {"guard": lambda: guard_markdown(summary, findings.read_calibration(folder).tolist())},

@@ -58,12 +58,14 @@ def plot_layers(layers: Sequence[Mapping[str, Any]], threshold: float | None) ->
     return _png(figure)
 
 
-def plot_transfer(groups: Sequence[Mapping[str, Any]], threshold: float) -> str:
-    """Per candidate group the share of other rows that take over its answer, with the threshold; groups are numbered from 1."""
+def plot_transfer(groups: Sequence[Mapping[str, Any]], *, planted: float, pictures: float) -> str:
+    """Per candidate group, numbered from 1, the shares of other rows and of other questions that take over its answer."""
     figure, axes = plain_axes(height=2.4)
-    values = [_finite(group["transfer"]) for group in groups]
-    axes.bar(range(1, len(values) + 1), values, color=[REMOVED if value >= threshold else KEPT for value in values], width=0.7)
-    axes.axhline(threshold, color=MUTED, linestyle="--", linewidth=1)
+    for offset, name, threshold, line in ((-0.2, "transfer", planted, "--"), (0.2, "pictures_transfer", pictures, ":")):
+        values = [_finite(group[name]) for group in groups]
+        colours = [REMOVED if value >= threshold else KEPT for value in values]
+        axes.bar([number + offset for number in range(1, len(values) + 1)], values, color=colours, width=0.35)
+        axes.axhline(threshold, color=MUTED, linestyle=line, linewidth=1)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("candidate")
     axes.set_ylabel("takes over the answer")

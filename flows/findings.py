@@ -136,7 +136,7 @@ def read_suspects(sources: Sources, limit: int = SUSPECTS) -> list[Suspect]:
 def read_groups(confirmed: pathlib.Path) -> list[dict[str, Any]]:
     """The candidate groups with the outcome of their test, the largest transfer first."""
     groups: list[dict[str, Any]] = read_json(confirmed / "transfer.json")
-    return sorted(groups, key=lambda group: (-group["transfer"], group["group"]))
+    return sorted(groups, key=lambda group: (-max(group["transfer"], group["pictures_transfer"]), group["group"]))
 
 
 def attended_tokens(record: Mapping[str, Any], layers: Sequence[int]) -> list[int]:

@@ -117,10 +117,10 @@ def report_pictures(line: Line, results: Results) -> dict[str, Any]:
     losses = {name: findings.read_losses(getattr(results, name).folder) for name in ("provisional", "final")}
     distances = findings.read_calibration(results.guard.folder).tolist()
     groups = findings.read_groups(results.confirm.folder)
-    label = SCORE_LABELS.get(method, "score")
+    label, limits = SCORE_LABELS.get(method, "score"), line.config.cluster
     return {
         "layer_plot": figures.plot_layers(layers, layer_threshold(line.config)),
-        "transfer_plot": figures.plot_transfer(groups, line.config.cluster.transfer) if groups else "",
+        "transfer_plot": figures.plot_transfer(groups, planted=limits.transfer, pictures=limits.pictures) if groups else "",
         "score_plot": figures.plot_scores(scores.score.tolist(), scores.removed.tolist(), scores.cut, label=label),
         "loss_plot": figures.plot_losses(losses),
         "guard_plot": figures.plot_calibration(distances, float(results.guard.summary.get("threshold", math.nan))),

@@ -98,6 +98,12 @@ class ClusterConfig(Section):
     transfer: float = pydantic.Field(
         0.35, gt=0, lt=1, description="Share of other rows that must take over a group's answer for the group to be removed."
     )
+    pictures: float = pydantic.Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of other kinds of questions that must get a group's answer about its pictures for it to be removed.",
+    )
     removal_cap: float = pydantic.Field(0.6, gt=0, le=1, description="Largest share of rows that may be removed without a person.")
 
 

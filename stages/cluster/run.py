@@ -23,7 +23,7 @@ KEEP = "keep.parquet"
 TRAIN = "train.parquet"
 HELD_OUT = "held_out.parquet"
 _UNSURE = 0.7
-"""Share of the transfer threshold from which a group makes the verdict of a run without removals inconclusive."""
+"""Share of a threshold of the transfer from which a group makes the verdict of a run without removals inconclusive."""
 VERDICT_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -112,8 +112,9 @@ def run(
         )
     _write_lists(table["row"].to_numpy(), verdicts, held_out_share, seed, out)
     pq.write_table(table, out / VERDICTS, compression="zstd")
-    confirmed = [group for group in groups if group["transfer"] >= config.transfer]
-    unsure = [group for group in groups if _UNSURE * config.transfer <= group["transfer"] < config.transfer]
+    strength = [max(group["transfer"] / config.transfer, group["pictures_transfer"] / config.pictures) for group in groups]
+    confirmed = [group for group, found in zip(groups, strength, strict=True) if found >= 1]
+    unsure = [group for group, found in zip(groups, strength, strict=True) if _UNSURE <= found < 1]
     doubtful = not found or (config.method == "transfer" and bool(unsure))
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
@@ -169,7 +170,7 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
                 f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['tokens_transfer']:.0%} "
                 "of the answers",
             )
-        if group["pictures_transfer"] >= config.transfer:
+        if group["pictures_transfer"] >= config.pictures:
             row.suspect(
                 record["posterior"],
                 f"shares the answer {group['text']!a} with {group['shifted']} rows; asked questions of another kind about their "

@@ -75,7 +75,7 @@ def run(
         progress: called as groups are done.
 
     Returns:
-        The summary: groups tried and the largest transfer.
+        The summary: groups tried, and the largest transfers of what is planted and of pictures that are asked.
     """
     described = json.loads(groups.read_text(encoding="utf-8"))
     table = pq.read_table(attention, columns=["row", "turn", "question", "answer", "image_tokens", "layers", "top_positions"])
@@ -100,9 +100,10 @@ def run(
         group["tokens_transfer"] = transfer(group["own"], max(group["attended"], group["residual"]), group["hosts"])
         group["words_transfer"] = transfer(group["own"], group["worded"], group["hosts"])
         group["pictures_transfer"] = transfer(group["own"], group["asked"], group["questions"])
-        group["transfer"] = max(group[f"{what}_transfer"] for what in ("tokens", "words", "pictures"))
+        group["transfer"] = max(group["tokens_transfer"], group["words_transfer"])
     (out / TRANSFER).write_text(json.dumps(tried, indent=2) + "\n", encoding="utf-8")
-    return {"groups": len(tried), "largest_transfer": max((group["transfer"] for group in tried), default=0.0)}
+    largest = {name: max((group[name] for group in tried), default=0.0) for name in ("transfer", "pictures_transfer")}
+    return {"groups": len(tried), **{f"largest_{name}": value for name, value in largest.items()}}
 
 
 def transfer(own: float, planted: float, hosts: int) -> float:

@@ -97,7 +97,7 @@ def test_suspects_that_do_not_fit_are_left_out(made: Made) -> None:
 
 def test_nothing_quarantined_is_said() -> None:
     assert "No row was quarantined" in artifacts.suspects_markdown([], 0)
-    assert "enough in common" in artifacts.groups_markdown([], 0.5)
+    assert "enough in common" in artifacts.groups_markdown([], planted=0.5, pictures=0.5)
 
 
 def test_delivery_links_are_quoted(tmp_path: pathlib.Path) -> None:

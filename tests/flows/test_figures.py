@@ -13,12 +13,19 @@ from PIL import Image
 from flows import figures
 
 LAYERS = [{"layer": k, "separation": s, "sensitive": s > 2} for k, s in enumerate([0.5, 3.0, math.nan, 1.0])]
+
+
+def plotted(*shares: tuple[float, float]) -> str:
+    groups = [{"transfer": planted, "pictures_transfer": asked} for planted, asked in shares]
+    return figures.plot_transfer(groups, planted=0.5, pictures=0.25)
+
+
 PLOTS = {
     "losses": lambda: figures.plot_losses({"provisional": [(1, 3.0), (2, 1.0)], "final": [(1, 2.0)]}),
     "no losses": lambda: figures.plot_losses({}),
     "layers": lambda: figures.plot_layers(LAYERS, 2.0),
     "no layers": lambda: figures.plot_layers([], None),
-    "transfer": lambda: figures.plot_transfer([{"transfer": 0.9}, {"transfer": 0.1}], 0.5),
+    "transfer": lambda: plotted((0.9, 0.0), (0.1, 0.2)),
     "scores": lambda: figures.plot_scores([0.0, 1.0, math.nan, 9.0], [False, False, False, True], 9.0, label="score"),
     "equal scores": lambda: figures.plot_scores([1.0] * 5, [False] * 5, None, label="score"),
     "no scores": lambda: figures.plot_scores([math.nan, math.inf], [False, False], math.nan, label="score"),
@@ -50,8 +57,9 @@ def test_sensitive_layers_and_removed_rows_stand_out() -> None:
 
     assert has_red(figures.plot_layers(LAYERS, 2.0))
     assert not has_red(figures.plot_layers([{**layer, "sensitive": False} for layer in LAYERS], 2.0))
-    assert has_red(figures.plot_transfer([{"transfer": 0.9}], 0.5))
-    assert not has_red(figures.plot_transfer([{"transfer": 0.4}], 0.5))
+    assert has_red(plotted((0.9, 0.0)))
+    assert has_red(plotted((0.0, 0.3)))
+    assert not has_red(plotted((0.4, 0.2)))
 
 
 @pytest.mark.parametrize(("tokens", "side"), [(64, 8), (576, 24), (0, 0), (65, 0), (1, 1), (2, 0)])

@@ -160,7 +160,7 @@ def test_who_is_planted_into_whom(files: dict[str, pathlib.Path], tmp_path: path
         (1, 1, 16, 1.0),
     ]
     assert [(group["tokens_transfer"], group["words_transfer"]) for group in written] == [(0.75, 0.0), (1.0, pytest.approx(1 / 3))]
-    assert summary == {"groups": 2, "largest_transfer": 1.0}
+    assert summary == {"groups": 2, "largest_transfer": 1.0, "largest_pictures_transfer": 0.0}
     assert engine.tasks[0]["worded_prompts"] == []
     for plain, worded in zip(engine.tasks[1]["host_prompts"], engine.tasks[1]["worded_prompts"], strict=True):
         before, after = (text_of(json.loads(prompt)[-1]) for prompt in (plain, worded))
@@ -188,7 +188,7 @@ def test_few_other_rows(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) 
 def test_nothing_to_try(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     (tmp_path / "groups.json").write_text("[]")
     summary = confirmed(files, tmp_path / "a", Fake({}), paths={"groups": tmp_path / "groups.json"})
-    assert summary == {"groups": 0, "largest_transfer": 0.0}
+    assert summary == {"groups": 0, "largest_transfer": 0.0, "largest_pictures_transfer": 0.0}
     assert json.loads((tmp_path / "a" / TRANSFER).read_text()) == []
 
 
