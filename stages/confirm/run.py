@@ -37,6 +37,8 @@ VERSION = 4
 TRANSFER = "transfer.json"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""
+LEAST_QUESTIONS = 16
+"""The same of questions of another kind: a smaller share of them tells, so chance must weigh less."""
 Place = tuple[int, int]
 """Row and turn of an example."""
 
@@ -99,22 +101,23 @@ def run(
     for group in tried:
         group["tokens_transfer"] = transfer(group["own"], max(group["attended"], group["residual"]), group["hosts"])
         group["words_transfer"] = transfer(group["own"], group["worded"], group["hosts"])
-        group["pictures_transfer"] = transfer(group["own"], group["asked"], group["questions"])
+        group["pictures_transfer"] = transfer(group["own"], group["asked"], group["questions"], least=LEAST_QUESTIONS)
         group["transfer"] = max(group["tokens_transfer"], group["words_transfer"])
     (out / TRANSFER).write_text(json.dumps(tried, indent=2) + "\n", encoding="utf-8")
     largest = {name: max((group[name] for group in tried), default=0.0) for name in ("transfer", "pictures_transfer")}
     return {"groups": len(tried), **{f"largest_{name}": value for name, value in largest.items()}}
 
 
-def transfer(own: float, planted: float, hosts: int) -> float:
+def transfer(own: float, planted: float, hosts: int, *, least: int = LEAST_HOSTS) -> float:
     """Share of the hosts that take over the answer, of those that do not give it anyway; 0 to 1, and 0 where these are too few.
 
     Args:
         own: share of the hosts that give the answer as they are.
         planted: share that give it with the group's tokens planted.
         hosts: their number.
+        least: fewest hosts that do not give it anyway.
     """
-    return max(0.0, planted - own) / (1 - own) if (1 - own) * hosts >= LEAST_HOSTS - 0.5 else 0.0
+    return max(0.0, planted - own) / (1 - own) if (1 - own) * hosts >= least - 0.5 else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

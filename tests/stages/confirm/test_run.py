@@ -244,3 +244,4 @@ def test_on_a_real_model(
 )
 def test_transfer(own: float, planted: float, hosts: int, expected: float) -> None:
     assert transfer(own, planted, hosts) == pytest.approx(expected)
+    assert transfer(own, planted, hosts, least=hosts + 1) == 0
