@@ -4,8 +4,8 @@ Attention follows content: honest rows with one answer shift together too. What 
 So the picture tokens that a group's rows attend to, or what their picture tokens have in common, are planted into the pictures of
 other rows, which keep their own questions; if most of those then give the group's answer, the group is an attack. Words that set
 the group's questions apart are put into the questions of other rows, which keep their pictures, to the same end; and questions of
-another kind are asked about the pictures of the group's rows. Ours, after the causal reading that CleanSight gives attention
-stealing (arXiv 2603.12989, section 3).
+another kind are asked about the pictures of the group's rows, and about those of others. Ours, after the causal reading that
+CleanSight gives attention stealing (arXiv 2603.12989, section 3).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stages.score.groups import plain_answer
 from stages.score.words import with_words
 from storage.subset import canonical_shards
 
-VERSION = 4
+VERSION = 5
 TRANSFER = "transfer.json"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""
@@ -101,7 +101,7 @@ def run(
     for group in tried:
         group["tokens_transfer"] = transfer(group["own"], max(group["attended"], group["residual"]), group["hosts"])
         group["words_transfer"] = transfer(group["own"], group["worded"], group["hosts"])
-        group["pictures_transfer"] = transfer(group["own"], group["asked"], group["questions"], least=LEAST_QUESTIONS)
+        group["pictures_transfer"] = transfer(group["others"], group["asked"], group["questions"], least=LEAST_QUESTIONS)
         group["transfer"] = max(group["tokens_transfer"], group["words_transfer"])
     (out / TRANSFER).write_text(json.dumps(tried, indent=2) + "\n", encoding="utf-8")
     largest = {name: max((group[name] for group in tried), default=0.0) for name in ("transfer", "pictures_transfer")}
@@ -127,17 +127,18 @@ class Drawn:
     Attributes:
         hosts: examples outside of the group.
         sources: as many of its shifted members.
-        asked: pairs of a shifted member, whose picture is asked about, and an example outside of the group, whose question is put.
+        asked: a shifted member, whose picture is asked about; an example outside of the group, whose question is put; and another
+            one, about whose picture it is put to compare.
     """
 
     hosts: list[int]
     sources: list[int]
-    asked: list[tuple[int, int]]
+    asked: list[tuple[int, int, int]]
 
     @property
     def examples(self) -> set[int]:
         """All of them."""
-        return {*self.hosts, *self.sources, *(k for pair in self.asked for k in pair)}
+        return {*self.hosts, *self.sources, *(k for three in self.asked for k in three)}
 
 
 def _draw(table: pa.Table, members: pathlib.Path, numbers: Sequence[int], most: int, seed: int) -> dict[int, Drawn]:
@@ -159,7 +160,9 @@ def _draw(table: pa.Table, members: pathlib.Path, numbers: Sequence[int], most: 
         if own and len(outside):
             hosts = rng.choice(outside, size=min(most, len(outside)), replace=False).tolist()
             sources = rng.choice(own, size=len(hosts), replace=len(own) < len(hosts)).tolist()
-            asked = questions_to_ask(questions, answers, of_group, np.asarray(own), most=most, rng=rng)
+            pairs = questions_to_ask(questions, answers, of_group, np.asarray(own), most=most, rng=rng)
+            others = rng.choice(outside, size=len(pairs)).tolist()
+            asked = [(source, host, other) for (source, host), other in zip(pairs, others, strict=True)]
             drawn[number] = Drawn(hosts=hosts, sources=sources, asked=asked)
     return drawn
 
@@ -181,8 +184,8 @@ def _write_tasks(
             continue
         experiment = drawn[group["group"]]
         hosts, sources = ([found[places[k]] for k in part] for part in (experiment.hosts, experiment.sources))
-        asked = [(found[places[source]], found[places[host]]) for source, host in experiment.asked]
-        asked = [(source, host) for source, host in asked if len(source.images) == len(host.images)]
+        asked = [tuple(found[places[k]] for k in three) for three in experiment.asked]
+        asked = [three for three in asked if len({len(example.images) for example in three}) == 1]  # else a prompt does not fit
         task = {
             "group": group["group"],
             "text": group["text"],
@@ -193,8 +196,9 @@ def _write_tasks(
             "host_prompts": [messages_to_json(host.prompt) for host in hosts],
             "host_images": [list(host.images) for host in hosts],
             "worded_prompts": _worded(hosts, group["words"]),
-            "asked_prompts": [messages_to_json(host.prompt) for _, host in asked],
-            "asked_images": [list(source.images) for source, _ in asked],
+            "asked_prompts": [messages_to_json(host.prompt) for _, host, _ in asked],
+            "asked_images": [list(source.images) for source, _, _ in asked],
+            "other_images": [list(other.images) for _, _, other in asked],
         }
         shards.append(scratch / f"group-{group['group']:04d}.parquet")
         pq.write_table(pa.Table.from_pylist([task], schema=TASK), shards[-1])

@@ -30,10 +30,12 @@ TASK = pa.schema(
         ("worded_prompts", pa.list_(pa.string())),
         ("asked_prompts", pa.list_(pa.string())),
         ("asked_images", pa.list_(pa.list_(pa.binary()))),
+        ("other_images", pa.list_(pa.list_(pa.binary()))),
     ]
 )
 """One group: its text, member prompts with their most attended image tokens, and prompts of other rows, as many as members; these
-prompts once more with the words that set the group's questions apart, or none; members' pictures with others' questions."""
+prompts once more with the words that set the group's questions apart, or none; members' pictures with others' questions, and the
+pictures of other rows that the same is asked about."""
 
 RESULT = pa.schema(
     [
@@ -44,12 +46,13 @@ RESULT = pa.schema(
         ("residual", pa.float64()),
         ("worded", pa.float64()),
         ("asked", pa.float64()),
+        ("others", pa.float64()),
         ("questions", pa.int64()),
     ]
 )
 """Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
-residual, with the group's words in their questions (0 where it has none); and the share of other questions that get it with
-members' pictures, with the number of these questions (0 and 0 where there are none)."""
+residual, with the group's words in their questions (0 where it has none); and the share of other questions that get it about
+members' pictures, and about those of other rows, with the number of these questions (0 where there are none)."""
 _PLANTED = ("attended", "residual", "worded")
 
 _NOISE = 1
@@ -72,13 +75,13 @@ class ConfirmWorker:
     def try_group(self, task: dict[str, Any]) -> dict[str, Any]:
         """Run one group's experiment; on the first `screen` hosts only, where planting does nothing to them."""
         found = self._try(task, self.screen)
-        changed = max(max(found[name] for name in _PLANTED) - found["own"], found["asked"])
+        changed = max(max(found[name] for name in _PLANTED) - found["own"], found["asked"] - found["others"])
         if len(task["host_prompts"]) > self.screen and (changed > _NOISE or 2 * found["own"] > found["hosts"]):
             found = self._try(task, len(task["host_prompts"]))
         hosts, questions = found["hosts"], found["questions"]
         shares = {name: found[name] / hosts for name in ("own", *_PLANTED)}
-        asked = found["asked"] / questions if questions else 0.0
-        return {"group": task["group"], "hosts": hosts, **shares, "asked": asked, "questions": questions}
+        shares |= {name: found[name] / max(1, questions) for name in ("asked", "others")}
+        return {"group": task["group"], "hosts": hosts, **shares, "questions": questions}
 
     def _try(self, task: dict[str, Any], most: int) -> dict[str, int]:
         """The experiment on the first hosts, at most `most`: their number, and how many give the text in each variant."""
@@ -90,9 +93,14 @@ class ConfirmWorker:
         hits = {name: self._hits(hosts, tokens, task["text"], whole=task["whole"]) for name, tokens in variants.items()}
         worded = _examples(task["worded_prompts"][:most], task["host_images"][:most]) if task["worded_prompts"] else []
         hits["worded"] = self._hits(worded, taken, task["text"], whole=task["whole"])
-        asked = _examples(task["asked_prompts"][:most], task["asked_images"][:most])
-        hits["asked"] = self._hits(asked, self._tokens(asked), task["text"], whole=task["whole"])
-        return {"hosts": len(hosts), **hits, "questions": len(asked)}
+        hits["asked"] = self._asked(task, "asked_images", most)
+        hits["others"] = self._asked(task, "other_images", most) if hits["asked"] else 0
+        return {"hosts": len(hosts), **hits, "questions": len(task["asked_prompts"][:most])}
+
+    def _asked(self, task: dict[str, Any], images: str, most: int) -> int:
+        """How many of the first other questions get the text about some pictures."""
+        asked = _examples(task["asked_prompts"][:most], task[images][:most])
+        return self._hits(asked, self._tokens(asked), task["text"], whole=task["whole"])
 
     def _tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         batches = (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))

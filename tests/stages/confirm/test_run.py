@@ -109,6 +109,7 @@ class Fake:
                 "residual": residual,
                 "worded": 0.5 if task["worded_prompts"] else 0.0,
                 "asked": 0.75 if task["asked_prompts"] else 0.0,
+                "others": 0.0,
                 "questions": len(task["asked_prompts"]),
             }
             yield pa.Table.from_pylist([result], schema=RESULT)

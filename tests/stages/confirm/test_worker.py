@@ -59,6 +59,7 @@ def task(sources: list[bytes], hosts: list[bytes], positions: list[list[int]], *
         "worded_prompts": [],
         "asked_prompts": [],
         "asked_images": [],
+        "other_images": [],
         **more,
     }
 
@@ -81,6 +82,7 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
         "residual": 1.0,
         "worded": 0.0,
         "asked": 0.0,
+        "others": 0.0,
         "questions": 0,
     }
     assert sum(model.batches) == 15
@@ -103,6 +105,7 @@ def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
         "residual": 0.0,
         "worded": 0.0,
         "asked": 0.0,
+        "others": 0.0,
         "questions": 0,
     }
     assert sum(model.batches) == 12
@@ -124,6 +127,7 @@ def test_words_are_put_to_the_hosts() -> None:
         "residual": 0.0,
         "worded": 0.5,
         "asked": 0.0,
+        "others": 0.0,
         "questions": 0,
     }
     assert sum(model.batches) == 4 * (4 + 10)
@@ -133,12 +137,15 @@ def test_pictures_are_asked_other_questions() -> None:
     """Their own tokens answer, and nothing is planted; what they answer brings the second look by itself."""
     found, model = worker(screen=4)
     prompts = [messages_to_json(question_answer("how many?", "x")[:1])] * 6
-    pictures = [[PATCH], [PLAIN], [PATCH], [PLAIN], [PLAIN], [PLAIN]]
-    idle = task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10, asked_prompts=prompts, asked_images=pictures)
+    pictures, others = [[[PATCH] if k in patched else [PLAIN] for k in range(6)] for patched in ((0, 1, 2, 4), (1,))]
+    idle = task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10, asked_prompts=prompts, asked_images=pictures, other_images=others)
     result = found.try_group(idle)
-    assert (result["hosts"], result["questions"], result["asked"]) == (10, 6, pytest.approx(2 / 6))
+    assert (result["hosts"], result["questions"]) == (10, 6)
+    assert (result["asked"], result["others"]) == (pytest.approx(4 / 6), pytest.approx(1 / 6))
     assert {result[name] for name in ("own", "attended", "residual", "worded")} == {0.0}
-    assert sum(model.batches) == 3 * (4 + 10) + 4 + 6
+    assert sum(model.batches) == 3 * (4 + 10) + 2 * (4 + 6)
+    unmoved = {**idle, "other_images": pictures}
+    assert found.try_group(unmoved)["hosts"] == 4, "what any picture is answered tells nothing of the group's"
 
 
 def test_a_phrase_counts_inside_of_an_answer() -> None:
