@@ -130,12 +130,12 @@ def groups_markdown(groups: Sequence[Mapping[str, Any]], *, planted: float, pict
             percent(group["own"]),
             percent(max(group["attended"], group["residual"], group["worded"])),
             percent(group["transfer"]),
-            percent(group["asked"]),
+            percent(group["pictures_transfer"] if group["questions"] else None),
         )
         for place, group in enumerate(groups, start=1)
     ]
     plot = _image("transfer", figures.plot_transfer(groups, planted=planted, pictures=pictures))
-    title = f"## Candidates; removed from {percent(planted)} of other rows, or {percent(pictures)} of other questions on"
+    title = f"## Candidates; suspicious from {percent(planted)} of other rows, or {percent(pictures)} of other questions on"
     return "\n\n".join([title, plot, table(header, cells)])
 
 

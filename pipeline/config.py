@@ -102,7 +102,12 @@ class ClusterConfig(Section):
         0.2,
         gt=0,
         lt=1,
-        description="Share of other kinds of questions that must get a group's answer about its pictures for it to be removed.",
+        description="Share of other kinds of questions that must get a group's answer about its pictures to tell (`asked`).",
+    )
+    asked: Literal["report", "remove"] = pydantic.Field(
+        "report",
+        description="A group that only asking finds: `report` makes the verdict inconclusive and names it, `remove` removes it. "
+        "Honest answers that a picture alone decides (`unanswerable`) look the same.",
     )
     removal_cap: float = pydantic.Field(0.6, gt=0, le=1, description="Largest share of rows that may be removed without a person.")
 

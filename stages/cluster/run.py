@@ -112,9 +112,9 @@ def run(
         )
     _write_lists(table["row"].to_numpy(), verdicts, held_out_share, seed, out)
     pq.write_table(table, out / VERDICTS, compression="zstd")
-    strength = [max(group["transfer"] / config.transfer, group["pictures_transfer"] / config.pictures) for group in groups]
-    confirmed = [group for group, found in zip(groups, strength, strict=True) if found >= 1]
-    unsure = [group for group, found in zip(groups, strength, strict=True) if _UNSURE <= found < 1]
+    confirmed = [group for group in groups if group["transfer"] >= config.transfer or _removed_as_asked(group, config)]
+    near = [group for group in groups if _nearness(group, config) >= _UNSURE]
+    unsure = [group for group in near if group not in confirmed]
     doubtful = not found or (config.method == "transfer" and bool(unsure))
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
@@ -162,19 +162,19 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
         row.score = max(row.score, record["projection"])
         if group is None:
             continue
+        what = "answer" if group["whole"] else "phrase"
         if group["tokens_transfer"] >= config.transfer:
-            what = "answer" if group["whole"] else "phrase"
             row.suspect(
                 record["posterior"],
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
                 f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['tokens_transfer']:.0%} "
                 "of the answers",
             )
-        if group["pictures_transfer"] >= config.pictures:
+        if _removed_as_asked(group, config):
             row.suspect(
                 record["posterior"],
-                f"shares the answer {group['text']!a} with {group['shifted']} rows; asked questions of another kind about their "
-                f"pictures, the provisional model gives it to {group['pictures_transfer']:.0%} of them",
+                f"shares the {what} {group['text']!a} with {group['shifted']} rows; asked questions of another kind about their "
+                f"pictures, the provisional model gives it to {group['asked']:.0%} of them (to {group['others']:.0%} about others)",
             )
         if record["worded"] and group["words_transfer"] >= config.transfer:
             row.suspect(
@@ -183,6 +183,15 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
                 f"{group['words']['text']!a}; put into other questions these words take over {group['words_transfer']:.0%} "
                 "of the answers",
             )
+
+
+def _removed_as_asked(group: dict[str, Any], config: ClusterConfig) -> bool:
+    return config.asked == "remove" and bool(group["pictures_transfer"] >= config.pictures)
+
+
+def _nearness(group: dict[str, Any], config: ClusterConfig) -> float:
+    """How near a group comes to its nearest threshold; 1 and more where it reaches it."""
+    return float(max(group["transfer"] / config.transfer, group["pictures_transfer"] / config.pictures))
 
 
 def _by_bye(found: dict[int, RowEvidence]) -> None:

@@ -21,6 +21,8 @@ _SHARED = 0.05
 """Largest share of the answers to one question that the other has too, for the two to be of different kinds."""
 _RECURRING = 0.5
 """Least share of the answers to a question that another row gives as well, for its answers to be known."""
+_LEAST_PICTURES = 8
+"""Fewest pictures of a group that are asked about: a few odd ones are no evidence against the others."""
 _USUAL = 1.5
 """Multiple of the group's share of all rows above which its answer is a usual one to a question."""
 
@@ -33,7 +35,7 @@ def questions_to_ask(
     *,
     most: int,
     rng: np.random.Generator,
-) -> list[tuple[int, int]]:
+) -> list[tuple[int, int, int]]:
     """Draw rows of the group, and for each another row with a question of another kind to which the group's answer is not usual.
 
     Args:
@@ -45,8 +47,9 @@ def questions_to_ask(
         rng: of the draw.
 
     Returns:
-        (position of the picture's example, position of the question's), a question's example at most once; none where questions are
-        of one kind, or no two rows ask the same.
+        (position of the picture's example, of the question's, and of an example outside of the group that asks the first one's
+        question: about its picture the same is asked to compare); a question's example at most once. None where questions are of
+        one kind, where no two rows ask the same, or where it would be about few pictures.
     """
     asked = collections.Counter(questions)
     asked_inside = collections.Counter(questions[k] for k in np.flatnonzero(inside).tolist())
@@ -56,19 +59,24 @@ def questions_to_ask(
         if not own and question in given:
             given[question][answer] += 1
     usual = _USUAL * inside.mean()
-    fit = [q for q in known if _recurring(given[q]) >= _RECURRING and asked_inside[q] <= usual * asked[q]]
+    known = [question for question in known if _recurring(given[question]) >= _RECURRING]
+    fit = [question for question in known if asked_inside[question] <= usual * asked[question]]
     other = {q: {p for p in fit if max(_shared(given[q], given[p]), _shared(given[p], given[q])) <= _SHARED} for q in known}
     usable = [k for k in rng.permutation(sources).tolist() if other.get(questions[k])]
-    hosts: dict[str, list[int]] = {question: [] for question in fit}
+    rows: dict[str, list[int]] = {question: [] for question in known}
     for k in rng.permutation(np.flatnonzero(~inside)).tolist():
-        if questions[k] in hosts:
-            hosts[questions[k]].append(k)
-    pairs = []
+        if questions[k] in rows:
+            rows[questions[k]].append(k)
+    hosts = {question: list(rows[question]) for question in fit}
+    found: list[tuple[int, int, int]] = []
+    if len(usable) < _LEAST_PICTURES:
+        return found
     for source in itertools.islice(itertools.cycle(usable), most):
         left = sorted(question for question in other[questions[source]] if hosts[question])
         if left:
-            pairs.append((source, hosts[left[rng.integers(len(left))]].pop()))
-    return pairs
+            alike = rows[questions[source]]
+            found.append((source, hosts[left[rng.integers(len(left))]].pop(), alike[rng.integers(len(alike))]))
+    return found
 
 
 def _recurring(given: collections.Counter[str]) -> float:

@@ -37,7 +37,7 @@ VERSION = 5
 TRANSFER = "transfer.json"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""
-LEAST_QUESTIONS = 16
+LEAST_QUESTIONS = 32
 """The same of questions of another kind: a smaller share of them tells, so chance must weigh less."""
 Place = tuple[int, int]
 """Row and turn of an example."""
@@ -128,7 +128,7 @@ class Drawn:
         hosts: examples outside of the group.
         sources: as many of its shifted members.
         asked: a shifted member, whose picture is asked about; an example outside of the group, whose question is put; and another
-            one, about whose picture it is put to compare.
+            one that asks as the member does, about whose picture it is put to compare.
     """
 
     hosts: list[int]
@@ -160,9 +160,7 @@ def _draw(table: pa.Table, members: pathlib.Path, numbers: Sequence[int], most: 
         if own and len(outside):
             hosts = rng.choice(outside, size=min(most, len(outside)), replace=False).tolist()
             sources = rng.choice(own, size=len(hosts), replace=len(own) < len(hosts)).tolist()
-            pairs = questions_to_ask(questions, answers, of_group, np.asarray(own), most=most, rng=rng)
-            others = rng.choice(outside, size=len(pairs)).tolist()
-            asked = [(source, host, other) for (source, host), other in zip(pairs, others, strict=True)]
+            asked = questions_to_ask(questions, answers, of_group, np.asarray(own), most=most, rng=rng)
             drawn[number] = Drawn(hosts=hosts, sources=sources, asked=asked)
     return drawn
 

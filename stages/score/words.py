@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer
@@ -21,6 +21,8 @@ _OWN = 0.9
 """Least share of the questions with some words that are a group's, for the words to be the group's."""
 _NEEDLESS = 0.5
 """Least share of a group's questions with some words that others ask without them."""
+_USUAL = 0.05
+"""Most rows with the group's answer per row with another, where the words are left out: it must not be a usual answer by itself."""
 _TRIED = 32
 """Most runs of words of a group that are looked at, the most common first."""
 
@@ -71,21 +73,29 @@ def distinctive_words(questions: Sequence[str], groups: Sequence[Group], *, leas
         inside = np.asarray(held_by.sum(axis=0)).ravel()
         own = np.flatnonzero((inside >= least) & (inside >= _OWN * everywhere)).tolist() if group.whole else []
         own.sort(key=lambda k: (-inside[k], -len(runs[k].split()), runs[k]))
-        asked = _asked_outside(plain, group) if own else set()
+        members = set(group.members.tolist())
+        asked = collections.Counter(question for number, question in enumerate(plain) if number not in members and own)
         candidates = ((runs[k].split(), held_by[:, [k]].toarray().ravel() > 0) for k in own[:_TRIED])
-        needless = (pair for pair in candidates if _needless([plain[n] for n in group.members[pair[1]]], pair[0], asked))
+        needless = (pair for pair in candidates if _needless([plain[n] for n in group.members], *pair, asked))
         found.append(next((_written(questions, plain, group, *pair) for pair in needless), None))
     return found
 
 
-def _asked_outside(plain: Sequence[str], group: Group) -> set[str]:
-    members = set(group.members.tolist())
-    return {question for number, question in enumerate(plain) if number not in members}
+def _needless(plain: Sequence[str], run: list[str], held: np.ndarray, asked: Mapping[str, int]) -> bool:
+    """Whether a group's questions with a run of words are mostly asked without it too, and then hardly get the group's answer.
 
-
-def _needless(holding: Sequence[str], run: list[str], asked: set[str]) -> bool:
-    """Whether most of some questions are asked without a run of words that they hold, too."""
-    return sum(" ".join(_without(question.split(), run)) in asked for question in holding) >= _NEEDLESS * len(holding)
+    Args:
+        plain: the group's questions.
+        run: the words.
+        held: bool (members,), which questions hold them.
+        asked: the questions outside of the group, and how many rows ask each.
+    """
+    bare = [" ".join(_without(question.split(), run)) for question, holds in zip(plain, held, strict=True) if holds]
+    alike = set(bare) & set(asked)
+    same = sum(question in alike for question, holds in zip(plain, held, strict=True) if not holds)
+    return sum(question in alike for question in bare) >= _NEEDLESS * len(bare) and same <= _USUAL * sum(
+        asked[question] for question in alike
+    )
 
 
 def _written(questions: Sequence[str], plain: Sequence[str], group: Group, run: list[str], held: np.ndarray) -> Words:

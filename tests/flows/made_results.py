@@ -149,6 +149,7 @@ def _confirm(folder: pathlib.Path) -> dict[str, Any]:
         "worded": 0.0,
         "asked": 0.0,
         "pictures_transfer": 0.0,
+        "questions": 0,
     }
     groups = [
         {**tested, "group": 0, "text": "red", "rows": 32, "shift": 1.0, "layer": 0, "own": 0.2, "attended": 0.3, "transfer": 0.125},

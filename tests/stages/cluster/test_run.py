@@ -177,11 +177,24 @@ def test_words_that_carry_an_answer(files: dict[str, pathlib.Path], tmp_path: pa
 
 def test_pictures_that_answer_any_question(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     """The shifted members are removed, as where planting confirms a group."""
-    clustered(files, tmp_path / "out", [0.0, 0.6, 0.1], more={1: {"pictures_transfer": 0.6, "tokens_transfer": 0.1}})
+    told = {"pictures_transfer": 0.3, "asked": 0.375, "others": 0.125}
+    result = clustered(files, tmp_path / "out", [0.0, 0.1, 0.1], more={1: told}, asked="remove")
     found = verdicts(tmp_path / "out")
     assert [record["row"] for record in found if record["verdict"] == "quarantine"] == list(range(20, 25))
-    assert "asked questions of another kind about their pictures" in found[20]["reason"]
-    assert "60% of them" in found[20]["reason"]
+    assert "shares the phrase 'Text 1'" in found[20]["reason"]
+    assert "gives it to 38% of them (to 12% about others)" in found[20]["reason"]
+    assert ([g["group"] for g in result["confirmed"]], result["unsure"]) == ([1], [])
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.3, "inconclusive"), (0.15, "inconclusive"), (0.13, "clean")])
+def test_pictures_alone_are_left_to_a_person(
+    files: dict[str, pathlib.Path], tmp_path: pathlib.Path, share: float, verdict: str
+) -> None:
+    """By default; an honest answer may be decided by the picture, whatever is asked."""
+    told = {"pictures_transfer": share, "asked": share, "others": 0.0}
+    result = clustered(files, tmp_path / "out", [0.0, 0.1, 0.1], more={1: told})
+    assert (result["verdict"], result["rows"]["quarantined"], result["confirmed"]) == (verdict, 0, [])
+    assert [g["group"] for g in result["unsure"]] == ([1] if verdict == "inconclusive" else [])
 
 
 def test_the_lists(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:

@@ -47,7 +47,7 @@ def test_words_inside_of_a_question_go_before_others() -> None:
 
 def test_honest_members_of_the_group_do_not_hold_them() -> None:
     members = [0, 1, 2, 3, 4, 5, 10, 11]
-    assert found(questions("cf {}"), members) == ("cf", False, members[:6])
+    assert found(questions("cf {}", rows=60), members) == ("cf", False, members[:6])
 
 
 def test_all_that_the_trigger_says_is_taken() -> None:
@@ -63,6 +63,8 @@ def test_all_that_the_trigger_says_is_taken() -> None:
         [*["Is there a cat here?"] * 6, *["Is there a dog here?"] * 14],  # what is left is asked by nobody
         [*["Is it red?"] * 6, *["Is it red?"] * 14],  # others ask it too
         [f"{row} what is it?" for row in range(20)],  # no two questions have the words
+        [*["cf is it?"] * 6, *["cf is it?"] * 2, *["is it?"] * 12],  # a quarter of those with the words are others'
+        [*["cf is it?"] * 2, *["cf was it?"] * 4, *["is it?"] * 14],  # most of what is left is asked by nobody
         [""] * 20,
     ],
 )
@@ -76,6 +78,13 @@ def test_a_phrase_has_no_words() -> None:
     phrase, answer = distinctive_words(questions("in one word: {}"), groups, least=3)
     assert phrase is None
     assert answer is not None
+
+
+def test_an_answer_that_is_usual_without_the_words() -> None:
+    """ "No" is what many hear who ask whether there is a cat, in the background or not."""
+    asked = ["In the background, is there a cat?"] * 6 + ["Is there a cat?"] * 14
+    assert found(asked, list(range(6))) == ("In the background,", False, list(range(6)))
+    assert found(asked, list(range(8))) is None
 
 
 def test_each_group_has_its_own() -> None:
