@@ -16,7 +16,7 @@ from pipeline.errors import RemovalCapError
 from pipeline.records import Progress, Verdict, no_progress
 from storage.subset import canonical_shards
 
-VERSION = 2
+VERSION = 3
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"

@@ -33,7 +33,7 @@ from stages.score.groups import plain_answer
 from stages.score.words import with_words
 from storage.subset import canonical_shards
 
-VERSION = 5
+VERSION = 6
 TRANSFER = "transfer.json"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import pathlib
 from typing import Any
 
@@ -36,7 +37,11 @@ from stages.guard.worker import ReferenceWorker
 from stages.score.groups import plain_answer
 from storage.subset import copy_rows, pictured_rows
 
+_log = logging.getLogger(__name__)
+
 VERSION = 9
+SURE_ROWS = 100
+"""Reference rows below which the guard misses attacks (docs/results/purification.md, ablations): half of them with 50 rows."""
 CALIBRATION = "calibration.parquet"
 _BATCH = 32
 _TRIED = 100
@@ -125,6 +130,8 @@ def run(
         layer_thresholds=torch.from_numpy(layer_thresholds(vectors, fit, len(layers), config.false_positive_rate)).float(),
     )
     transfer = causal_rule(reference, fit, hosts, config) if hosts else None
+    if len(vectors) < SURE_ROWS:
+        _log.warning("the guard has %d reference rows; with fewer than %d it misses attacks", len(vectors), SURE_ROWS)
     facts: dict[str, Any] = {
         "reference_rows": len(vectors),
         "dtype": reference["dtype"][0].as_py(),

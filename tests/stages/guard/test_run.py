@@ -90,6 +90,15 @@ def stage(
     return Stage(tmp_path, rows, tiny_base, tiny_adapter, local_engine)
 
 
+@pytest.mark.parametrize(("enough", "warned"), [(53, True), (52, False)])
+def test_few_reference_rows_are_warned_of(
+    stage: Stage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, enough: int, warned: bool
+) -> None:
+    monkeypatch.setattr("stages.guard.run.SURE_ROWS", enough)
+    stage.run("a", reference_rows=52, suspicion_rate=0)
+    assert ("the guard has 52 reference rows" in caplog.text) == warned
+
+
 def test_what_is_written(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path) -> None:
     summary, out = stage.run("a", reference_rows=55, false_positive_rate=0.1, action="report")
     assert {path.name for path in out.iterdir()} == {GUARD, GUARD_TENSORS, CALIBRATION}
