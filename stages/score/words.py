@@ -23,7 +23,7 @@ _NEEDLESS = 0.5
 """Least share of a group's questions with some words that others ask without them."""
 _USUAL = 0.05
 """Most rows with the group's answer per row with another, where the words are left out: it must not be a usual answer by itself."""
-_TRIED = 32
+_TRIED = 256
 """Most runs of words of a group that are looked at, the most common first."""
 
 

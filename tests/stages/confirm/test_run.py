@@ -177,6 +177,39 @@ def test_words_may_carry_more_than_tokens(files: dict[str, pathlib.Path], tmp_pa
     ]
 
 
+def test_what_is_asked_about_whose_pictures(tmp_path: pathlib.Path) -> None:
+    """Two kinds of questions; every fourth row is the group's, and rows of two pictures are among both."""
+    kinds = (("what colour?", ("red", "blue")), ("how many?", ("one", "two")))
+    found = []
+    for row in range(160):
+        question, answers = kinds[row % 2]
+        images = tuple(noise(1000 * row + k) for k in range(2 if row % 10 == 9 else 1))
+        reply = FIRST if row % 8 < 2 else answers[row // 2 % 2]
+        found.append(Sample(row=row, messages=question_answer(question, reply, len(images)), images=images))
+    write_shards(tmp_path / "rows", found, shard_rows=64)
+    record = {"turn": 0, "image_tokens": IMAGE_TOKENS, "layers": 1, "top_positions": list(range(TOP))}
+    table = [{"row": s.row, "question": kinds[s.row % 2][0], "answer": text_of(s.messages[-1]), **record} for s in found]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "attention.parquet")
+    inside = [row for row in range(160) if row % 8 < 2]
+    members = [{"group": 0, "row": row, "turn": 0, "projection": 1.0, "posterior": 1.0} for row in inside]
+    pq.write_table(pa.Table.from_pylist(members), tmp_path / "members.parquet")
+    (tmp_path / "groups.json").write_text(json.dumps([{"group": 0, "text": FIRST, "whole": True, "layer": 0, "words": None}]))
+    paths = {name: tmp_path / f"{name}.parquet" for name in ("attention", "members")}
+    engine = Fake({0: (0.0, 0.0, 0.0)})
+    summary = confirmed({**paths, "rows": tmp_path / "rows", "groups": tmp_path / "groups.json"}, tmp_path / "a", engine, hosts=64)
+    task, row_of = engine.tasks[0], {images: s.row for s in found for images in [s.images]}
+    assert 32 <= len(task["asked_prompts"]) < 64, "prompts of another number of pictures are put"
+    threes = zip(task["asked_prompts"], task["asked_images"], task["other_images"], strict=True)
+    for prompt, images, other_images in threes:
+        source, other = row_of[tuple(images)], row_of[tuple(other_images)]
+        asked = text_of(json.loads(prompt)[-1])
+        assert source in inside
+        assert other not in inside
+        assert asked != kinds[source % 2][0] == kinds[other % 2][0], "a picture is asked its own question"
+        assert sum(part["type"] == "image" for part in json.loads(prompt)[-1]["content"]) == len(images) == len(other_images)
+    assert summary == {"groups": 1, "largest_transfer": 0.0, "largest_pictures_transfer": 0.75}
+
+
 def test_few_other_rows(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     """All of them are hosts; more hosts than members draw members again."""
     engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)})
