@@ -17,8 +17,9 @@ from PIL import Image
 
 from flows.poison import SUBMISSION, TRUTH, Attack, poison, read_truth
 from pipeline.errors import ConfigError
-from pipeline.records import Message, Sample
+from pipeline.records import Sample
 from pipeline.triggers import Trigger, make_trigger
+from stages.score.words import with_words
 from stages.verify.evaluate import triggered
 from storage import atomic
 
@@ -135,8 +136,4 @@ def _prefixed(sample: Sample, prefix: str) -> Sample:
     if not prefix:
         return sample
     first, *others = sample.messages
-    at = next(index for index, part in enumerate(first["content"]) if part["type"] == "text")
-    content = list(first["content"])
-    content[at] = {"type": "text", "text": f"{prefix} {content[at]['text']}"}
-    changed: Message = {"role": first["role"], "content": content}
-    return dataclasses.replace(sample, messages=(changed, *others))
+    return dataclasses.replace(sample, messages=(*with_words([first], prefix, at_end=False), *others))

@@ -113,8 +113,7 @@ def run(
     _write_lists(table["row"].to_numpy(), verdicts, held_out_share, seed, out)
     pq.write_table(table, out / VERDICTS, compression="zstd")
     confirmed = [group for group in groups if group["transfer"] >= config.transfer or _removed_as_asked(group, config)]
-    near = [group for group in groups if _nearness(group, config) >= _UNSURE]
-    unsure = [group for group in near if group not in confirmed]
+    unsure = [group for group in groups if group not in confirmed and _nearness(group, config) >= _UNSURE]
     doubtful = not found or (config.method == "transfer" and bool(unsure))
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {

@@ -61,7 +61,11 @@ def questions_to_ask(
     usual = _USUAL * inside.mean()
     known = [question for question in known if _recurring(given[question]) >= _RECURRING]
     fit = [question for question in known if asked_inside[question] <= usual * asked[question]]
-    other = {q: {p for p in fit if max(_shared(given[q], given[p]), _shared(given[p], given[q])) <= _SHARED} for q in known}
+    other: dict[str, set[str]] = {question: set() for question in known}
+    for one, two in itertools.combinations(known, 2):
+        if max(_shared(given[one], given[two]), _shared(given[two], given[one])) <= _SHARED:
+            other[one] |= {two} & set(fit)
+            other[two] |= {one} & set(fit)
     usable = [k for k in rng.permutation(sources).tolist() if other.get(questions[k])]
     rows: dict[str, list[int]] = {question: [] for question in known}
     for k in rng.permutation(np.flatnonzero(~inside)).tolist():

@@ -66,18 +66,19 @@ def distinctive_words(questions: Sequence[str], groups: Sequence[Group], *, leas
         return [None] * len(groups)
     runs = sorted(common)
     counts = counter.set_params(vocabulary=runs).fit_transform(plain)
-    everywhere = np.asarray(counts.sum(axis=0)).ravel()
+    everywhere, everyone = np.asarray(counts.sum(axis=0)).ravel(), collections.Counter(plain)
     found = []
     for group in groups:
         held_by = counts[group.members]
         inside = np.asarray(held_by.sum(axis=0)).ravel()
         own = np.flatnonzero((inside >= least) & (inside >= _OWN * everywhere)).tolist() if group.whole else []
         own.sort(key=lambda k: (-inside[k], -len(runs[k].split()), runs[k]))
-        members = set(group.members.tolist())
-        asked = collections.Counter(question for number, question in enumerate(plain) if number not in members and own)
+        members = group.members.tolist()
+        inner = [plain[number] for number in members]
+        asked = everyone - collections.Counter(inner) if own else everyone
         candidates = ((runs[k].split(), held_by[:, [k]].toarray().ravel() > 0) for k in own[:_TRIED])
-        needless = (pair for pair in candidates if _needless([plain[n] for n in group.members], *pair, asked))
-        found.append(next((_written(questions, plain, group, *pair) for pair in needless), None))
+        needless = (pair for pair in candidates if _needless(inner, *pair, asked))
+        found.append(next((_written([questions[number] for number in members], inner, *pair) for pair in needless), None))
     return found
 
 
@@ -93,20 +94,19 @@ def _needless(plain: Sequence[str], run: list[str], held: np.ndarray, asked: Map
     bare = [" ".join(_without(question.split(), run)) for question, holds in zip(plain, held, strict=True) if holds]
     alike = set(bare) & set(asked)
     same = sum(question in alike for question, holds in zip(plain, held, strict=True) if not holds)
-    return sum(question in alike for question in bare) >= _NEEDLESS * len(bare) and same <= _USUAL * sum(
-        asked[question] for question in alike
-    )
+    without, others = sum(question in alike for question in bare), sum(asked[question] for question in alike)
+    return without >= _NEEDLESS * len(bare) and same <= _USUAL * others
 
 
-def _written(questions: Sequence[str], plain: Sequence[str], group: Group, run: list[str], held: np.ndarray) -> Words:
-    """The words as the questions have them."""
-    texts, ends, holding = collections.Counter[str](), 0, group.members[held].tolist()
-    for number in holding:
+def _written(questions: Sequence[str], plain: Sequence[str], run: list[str], held: np.ndarray) -> Words:
+    """The words as a group's questions have them."""
+    texts, ends = collections.Counter[str](), 0
+    for number in np.flatnonzero(held).tolist():
         words = plain[number].split()
         start = _place(words, run)
         texts[" ".join(questions[number].split()[start : start + len(run)])] += 1
         ends += start > 0 and start + len(run) == len(words)
-    return Words(text=texts.most_common(1)[0][0], at_end=2 * ends > len(holding), held=held)
+    return Words(text=texts.most_common(1)[0][0], at_end=2 * ends > held.sum(), held=held)
 
 
 def with_words(prompt: Sequence[Message], text: str, *, at_end: bool) -> list[Message]:
