@@ -7,10 +7,13 @@ import pathlib
 import shlex
 import sys
 
-from benchmarks.bench import Setting, run_suite, write_results
+from benchmarks.bench import Setting, note_command, run_suite, write_results
 from benchmarks.suites import SUITES
 from pipeline.errors import ConfigError
 from pipeline.models import EMBEDDED_BASE
+
+_NO_MATTER = ("--docs", "--notes", "--workers")
+"""Options that change no figure."""
 
 
 def main() -> None:
@@ -23,6 +26,7 @@ def main() -> None:
         command.add_argument("suite", choices=sorted(SUITES))
         command.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
         command.add_argument("--docs", type=pathlib.Path, default=None, help="write the tables there too (docs/results)")
+        command.add_argument("--notes", type=pathlib.Path, default=None, help="Markdown to put after the tables (docs/findings)")
     run.add_argument("--seeds", type=int, default=5, help="number of seeds, from --first-seed on")
     run.add_argument("--first-seed", type=int, default=0)
     run.add_argument("--workers", type=int, default=2, help="cells at a time; each takes one core (cost: always one)")
@@ -63,9 +67,25 @@ def main() -> None:
             failed = run_suite(suite, setting, cells, workers=args.workers, only=keys)
         except ConfigError as error:
             parser.error(str(error))
-    print(write_results(suite, args.out, args.docs, shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])))
+        note_command(suite, args.out, told(sys.argv[1:]))
+    print(write_results(suite, args.out, args.docs, args.notes))
     if failed:
         sys.exit("\n".join(failed))
+
+
+def told(arguments: list[str]) -> str:
+    """The command as another machine can repeat it: without this one's folder and what changes no figure."""
+    told, given = [], iter(arguments)
+    for argument in given:
+        option, _, value = argument.partition("=")
+        if option not in ("--out", *_NO_MATTER):
+            told.append(argument)
+            continue
+        if not value:
+            next(given)
+        if option == "--out":
+            told += ["--out", "DIR"]
+    return shlex.join(["python", "-m", "benchmarks", *told])
 
 
 if __name__ == "__main__":

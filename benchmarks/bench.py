@@ -28,6 +28,8 @@ from pipeline.errors import ConfigError
 from storage import atomic
 
 Record = dict[str, Any]
+_COMMANDS = "commands.txt"
+"""Beside the records: the commands that made them, a line each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,13 +173,34 @@ def read_records(suite: str, out: pathlib.Path) -> pd.DataFrame:
     return pd.DataFrame.from_records(records)
 
 
-def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None, command: str) -> str:
-    """Write `SUITE.parquet`, `SUITE.md` and the figures; and the latter two to the docs, if named."""
+def note_command(suite: Suite, out: pathlib.Path, command: str) -> None:
+    """Add a command to those that made the records here, once."""
+    path = (out / suite.name / _COMMANDS).absolute()
+    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if command not in known:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_file(path, "".join(f"{line}\n" for line in (*known, command)).encode())
+
+
+def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None = None, notes: pathlib.Path | None = None) -> str:
+    """Write `SUITE.parquet`, `SUITE.md` and the figures; and the latter two to the docs, if named.
+
+    Args:
+        suite: whose records.
+        out: folder of the bench's results.
+        docs: a second folder for tables and figures.
+        notes: Markdown that tells what was found; it stands after the tables.
+
+    Returns:
+        The Markdown, with the commands that made the records and the kind of machine at its end.
+    """
     frame = read_records(suite.name, out)
     if frame.empty:
         return "No records yet."
     frame.to_parquet(out / f"{suite.name}.parquet")
-    text = f"{suite.report(frame)}\n\nMade by `{command}` on {machine()}.\n"
+    told = [suite.report(frame), *([notes.read_text(encoding="utf-8").strip()] if notes else [])]
+    commands = (out / suite.name / _COMMANDS).read_text(encoding="utf-8").strip().replace("\n", "\n    ")
+    text = "\n\n".join([*told, f"## Made by\n\n    {commands}\n\n{machine()}.\n"])
     files = {f"{suite.name}.md": text.encode(), **suite.figures(frame)}
     for folder in (out, docs):
         if folder is not None:

@@ -59,17 +59,21 @@ def measure(cell: Cell, setting: Setting, _folder: pathlib.Path, names: Sequence
         run = open_line(data.train, setting.base, config, setting.out / "store", engine)
         evidence = gather(run, line.until_clusters(run))
     for name in names:
-        yield {"filter": name, "removed": float(FILTERS[name](evidence).removed.mean())}
+        found = FILTERS[name](evidence)
+        yield {"filter": name, "removed": float(found.removed.mean()), "verdict": found.verdict}
 
 
 def report(frame: pd.DataFrame) -> str:
     """Per base the share of rows that each filter removes from each submission."""
     parts = ["# Filters on clean submissions", __doc__.split("\n\n", 1)[1].strip()]
     seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
-    parts.append(f"Rows removed, percent: means over seeds {seeds} with 95% intervals (Student's t).")
+    parts.append(
+        f"Rows removed, percent: means over seeds {seeds} with 95% intervals (Student's t). "
+        "Beside it every verdict of the line that is not `clean`."
+    )
     for base, group in frame.groupby("base", sort=False):
         rows = [
-            [_what(variant), *(cell_text(cells[cells["filter"] == name]["removed"]) for name in FILTERS)]
+            [_what(variant), *(cell_text(cells[cells["filter"] == name]["removed"]) + _told(cells, name) for name in FILTERS)]
             for variant in _variants(group)
             if len(cells := group[group["data"] == variant])
         ]
@@ -96,6 +100,14 @@ def _variants(frame: pd.DataFrame) -> list[str]:
     """The data sets of some records, those of `CLEAN` first and in its order."""
     there = list(dict.fromkeys(str(name) for name in frame["data"]))
     return [name for name in CLEAN if name in there] + [name for name in there if name not in CLEAN]
+
+
+def _told(cells: pd.DataFrame, name: str) -> str:
+    """How many seeds gave a verdict other than `clean`."""
+    verdicts = cells[cells["filter"] == name]["verdict"].dropna()
+    return "".join(
+        f", {count} of {len(verdicts)} {verdict}" for verdict, count in verdicts.value_counts().items() if verdict != "clean"
+    )
 
 
 def _what(variant: str) -> str:

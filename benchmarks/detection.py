@@ -23,7 +23,7 @@ from benchmarks.attacks import ATTACKS, Part, poison_rows
 from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, percent, poisoned_cells, run_config
 from benchmarks.data import make_data
 from benchmarks.filters import FILTERS, Filtered, gather
-from benchmarks.plots import f1_by_rate
+from benchmarks.plots import f1_by_attack, f1_by_rate
 from flows import line
 from flows.demo import detection
 from flows.engines import LazyEngine
@@ -41,6 +41,9 @@ RETRAINED_RATE = 0.1
 _RETRAINED = ", retrained"
 _TRAINED = ("no filter", "ours", "bye, paper's rule", "bye, public code's rule", "truth")
 RETRAINED = tuple(name + _RETRAINED for name in _TRAINED)
+UNFILTERED = "no filter" + _RETRAINED
+_OWN = ("ours", "ours, asking removes")
+_CELL = ["attack", "rate", "seed"]
 _QUICK = ("badnet", "text prefix")
 _FIGURES = {"precision": "precision", "recall": "recall", "f1": "F1", "auroc": "AUROC", "removed": "rows removed"}
 
@@ -77,7 +80,8 @@ def measure(cell: Cell, setting: Setting, folder: pathlib.Path, names: Sequence[
         test = line.rows_of(line.ingest(open_line(data.test, setting.base, config, setting.out / "store", engine)))
         for name in names:
             if name in FILTERS:
-                yield {"filter": name, **figures_of(FILTERS[name](evidence), poisoned)}
+                found = FILTERS[name](evidence)
+                yield {"filter": name, **figures_of(found, poisoned), "verdict": found.verdict}
                 continue
             chooser = name.removesuffix(_RETRAINED)
             removed = {"truth": poisoned, "no filter": np.zeros(evidence.rows, bool)}.get(chooser)
@@ -122,40 +126,87 @@ def answered(run: Line, adapter: pathlib.Path, test: pathlib.Path, parts: Sequen
 
 
 def report(frame: pd.DataFrame) -> str:
-    """Per data set and base: filters by rate and by attack, and the retrained models."""
+    """Per data set and base: the default filter, all filters by rate and by attack, and the retrained models."""
     parts = ["# Filters on poisoned submissions", __doc__.split("\n\n", 1)[1].strip()]
-    seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
     parts.append(
-        f"Means over seeds {seeds} with 95% intervals (Student's t over the seeds). All figures in percent. No honest row has the "
-        "target for its answer; `text prefix` leaves the pictures as they are."
+        f"Means over seeds {_seeds(frame)} with 95% intervals (Student's t over the seeds); figures without an interval are of one "
+        "seed. All figures in percent. No honest row has the target for its answer; `text prefix` leaves the pictures as they are."
     )
     for (data, base), group in frame.groupby(["data", "base"], sort=False):
-        filters = group[group["filter"].isin(FILTERS)]
+        filters, picture = group[group["filter"].isin(FILTERS)], _pictures(str(data), str(base))
         parts.append(f"## Data {data}, base {base}")
         if len(filters):
-            parts += [f"![F1 by poison rate]({_picture(str(data), str(base))})", *_filters(filters)]
+            parts += _default(group, picture["attacks"])
+            if len(common := _common(filters)):
+                parts += [f"![F1 by poison rate]({picture['rates']})", *_means(common)]
+            parts += _by_attacks(filters)
         trained = group[group["filter"].isin(RETRAINED)]
         for rate, cells in trained.groupby("rate"):
             for column, what in (("asr", "Attack success rate"), ("clean", "Clean performance")):
-                parts += [f"### {what} of the retrained model, {percent(rate)} poison", _by_attack(cells, RETRAINED, column)]
+                parts += [f"### {what} of the retrained model, {percent(rate)} poison", _by_attack(cells, _named(cells), column)]
     return "\n\n".join(parts)
 
 
-def _filters(frame: pd.DataFrame) -> list[str]:
-    """F1 by rate, all figures by rate, F1 and AUROC by attack at every rate."""
-    rates = sorted(frame["rate"].unique())
-    names = [name for name in FILTERS if name in set(frame["filter"])]
-    rows = [
-        [name, *(cell_text(_by_seed(frame[(frame["filter"] == name) & (frame["rate"] == rate)], "f1")) for rate in rates)]
-        for name in names
+def _default(frame: pd.DataFrame, picture: str) -> list[str]:
+    """The line's own filter: how well each attack was learnt, and what is found of it."""
+    rows = []
+    for attack, rate in _places(frame):
+        cells = frame[(frame["attack"] == attack) & (frame["rate"] == rate)].set_index("filter")
+        row = [attack, percent(rate), cell_text(_column(cells, UNFILTERED, "asr"))]
+        for name in _OWN:
+            verdicts = [*_column(cells, name, "verdict")]
+            row.append(cell_text(_column(cells, name, "f1")) + _told(verdicts))
+        precision, removed = (_column(cells, "ours", column) for column in ("precision", "removed"))
+        rows.append([*row, cell_text(value for value, share in zip(precision, removed, strict=True) if share > 0)])
+    header = ["attack", "poison", "ASR, no filter", "F1", "F1, `asked: remove`", "precision where rows are removed"]
+    return [
+        "### The default filter",
+        "ASR is the attack success rate of the provisional model, before any filter and guard: how well the attack was learnt.",
+        f"![F1 of the default filter]({picture})",
+        markdown(header, rows),
     ]
-    parts = ["### F1, mean over the attacks", markdown(["filter", *map(percent, rates)], rows)]
-    for rate in rates:
-        cells = frame[frame["rate"] == rate]
-        rows = [[name, *(cell_text(_by_seed(cells[cells["filter"] == name], column)) for column in _FIGURES)] for name in names]
-        parts += [f"### {percent(rate)} poison, mean over the attacks", markdown(["filter", *_FIGURES.values()], rows)]
-        for column in ("f1", "auroc"):
-            parts += [f"### {_FIGURES[column]} by attack, {percent(rate)} poison", _by_attack(cells, names, column)]
+
+
+def _told(verdicts: Sequence[Any]) -> str:
+    """How many seeds gave the verdict that a person has to look."""
+    unsure = verdicts.count("inconclusive")
+    return "" if not unsure else ", inconclusive" if len(verdicts) == 1 else f", {unsure} of {len(verdicts)} inconclusive"
+
+
+def _column(cells: pd.DataFrame, name: str, column: str) -> Sequence[Any]:
+    """A column's values of one filter's records; cells: of one attack and rate, by filter."""
+    return cells.loc[[name], column].tolist() if name in cells.index and column in cells else ()
+
+
+def _common(frame: pd.DataFrame) -> pd.DataFrame:
+    """The filters' records of the cells that all filters were measured on: only these can be compared by a mean over attacks."""
+    names = frame["filter"].nunique()
+    counts = frame.groupby(_CELL)["filter"].transform("nunique")
+    return frame[counts == names]
+
+
+def _means(frame: pd.DataFrame) -> list[str]:
+    """All figures by rate, means over the attacks."""
+    parts = []
+    for rate, cells in frame.groupby("rate"):
+        rows = [
+            [name, *(cell_text(_by_seed(cells[cells["filter"] == name], column)) for column in _FIGURES)] for name in _named(cells)
+        ]
+        attacks = cells["attack"].nunique()
+        parts += [
+            f"### All filters, {percent(rate)} poison, mean over {attacks} attack{'s' * (attacks > 1)} (seed {_seeds(cells)})",
+            markdown(["filter", *_FIGURES.values()], rows),
+        ]
+    return parts
+
+
+def _by_attacks(frame: pd.DataFrame) -> list[str]:
+    """F1 and AUROC by attack at every rate, for filters beside the line's own."""
+    parts = []
+    for rate, cells in frame.groupby("rate"):
+        if len(names := _named(cells)) > len(_OWN):
+            for column in ("f1", "auroc"):
+                parts += [f"### {_FIGURES[column]} by attack, {percent(rate)} poison", _by_attack(cells, names, column)]
     return parts
 
 
@@ -174,26 +225,47 @@ def _by_seed(frame: pd.DataFrame, column: str) -> list[float]:
     return [float(value) for value in frame.groupby("seed")[column].mean()]
 
 
+def _named(frame: pd.DataFrame) -> list[str]:
+    """The filters and retrained models of some records, in the order of the tables."""
+    return [name for name in (*FILTERS, *RETRAINED) if name in set(frame["filter"])]
+
+
+def _places(frame: pd.DataFrame) -> list[tuple[str, float]]:
+    """Attacks and rates of some records, in the order of the tables."""
+    there = set(zip(frame["attack"], frame["rate"], strict=True))
+    return [(attack, rate) for attack in ATTACKS for rate in sorted(frame["rate"].unique()) if (attack, rate) in there]
+
+
+def _seeds(frame: pd.DataFrame) -> str:
+    return ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
+
+
 def figures(frame: pd.DataFrame) -> dict[str, bytes]:
-    """F1 by rate of every filter, a picture per data set and base."""
-    filters = frame[frame["filter"].isin(FILTERS)]
-    return {
-        _picture(str(data), str(base)): f1_by_rate(
-            {
-                name: {_number(rate): _by_seed(cells, "f1") for rate, cells in group[group["filter"] == name].groupby("rate")}
-                for name in FILTERS
-            }
-        )
-        for (data, base), group in filters.groupby(["data", "base"], sort=False)
-    }
+    """Per data set and base: the default filter's F1 by attack and rate, and F1 by rate of every filter on the same cells."""
+    drawn = {}
+    for (data, base), group in frame[frame["filter"].isin(FILTERS)].groupby(["data", "base"], sort=False):
+        picture, own, common = _pictures(str(data), str(base)), group[group["filter"] == "ours"], _common(group)
+        if len(own):
+            drawn[picture["attacks"]] = f1_by_attack(
+                {place: float(own[(own["attack"] == place[0]) & (own["rate"] == place[1])]["f1"].mean()) for place in _places(own)}
+            )
+        if len(common):
+            drawn[picture["rates"]] = f1_by_rate(
+                {
+                    name: {_number(rate): _by_seed(cells, "f1") for rate, cells in common[common["filter"] == name].groupby("rate")}
+                    for name in _named(common)
+                }
+            )
+    return drawn
 
 
 def _number(rate: Any) -> float:
     return float(rate)
 
 
-def _picture(data: str, base: str) -> str:
-    return f"detection-{data}-{base}.png"
+def _pictures(data: str, base: str) -> dict[str, str]:
+    """File names of the figures."""
+    return {what: f"detection-{what}-{data}-{base}.png" for what in ("attacks", "rates")}
 
 
 DETECTION = Suite(

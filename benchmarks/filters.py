@@ -58,6 +58,8 @@ class Evidence:
         table: the extract stage's statistics of the examples with a picture.
         hidden: float32 (examples, width), see `last_hidden`; the examples are those of the table.
         verdicts: the cluster stage's table, a record per submitted row in order.
+        verdict: of the whole submission.
+        asking: table and verdict of a line that is set to remove what asking finds (`cluster.asked: remove`).
         threshold: least separation of a layer by the paper's rule, as the line was configured.
         seed: of the run.
     """
@@ -66,6 +68,8 @@ class Evidence:
     table: AttentionTable
     hidden: np.ndarray
     verdicts: pa.Table
+    verdict: str
+    asking: tuple[pa.Table, str]
     threshold: float
     seed: int
 
@@ -77,10 +81,12 @@ class Filtered:
     Attributes:
         removed: bool (rows,).
         score: float (rows,), larger for rows that are more suspicious; None where the filter has nothing to rank rows by.
+        verdict: of the whole submission; None of a filter that gives none.
     """
 
     removed: np.ndarray
     score: np.ndarray | None
+    verdict: str | None = None
 
 
 Filter = Callable[[Evidence], Filtered]
@@ -89,6 +95,13 @@ Filter = Callable[[Evidence], Filtered]
 def gather(run: Line, stages: Mapping[str, StageResult]) -> Evidence:
     """The evidence of a line that has run until its verdicts."""
     rows = line.rows_of(stages["ingest"])
+    config = run.config.model_copy(update={"cluster": run.config.cluster.model_copy(update={"asked": "remove"})})
+    asking = line.cluster(
+        dataclasses.replace(run, config=config),
+        ingested=stages["ingest"],
+        scored=stages["score"],
+        confirmed=stages["confirm"],
+    )
     table = AttentionTable.read(stages["extract"].folder / "attention.parquet")
     hidden, of_row = last_hidden(run, rows, stages["provisional"].folder / "adapter")
     assert of_row.tolist() == table.row.tolist()
@@ -97,6 +110,8 @@ def gather(run: Line, stages: Mapping[str, StageResult]) -> Evidence:
         table=table,
         hidden=hidden,
         verdicts=pq.read_table(stages["cluster"].folder / VERDICTS),
+        verdict=str(stages["cluster"].summary["verdict"]),
+        asking=(pq.read_table(asking.folder / VERDICTS), str(asking.summary["verdict"])),
         threshold=run.config.score.bsi_threshold,
         seed=run.config.seed,
     )
@@ -147,13 +162,20 @@ def _batches(rows: pathlib.Path) -> Iterator[list[Example]]:
 
 
 def ours(evidence: Evidence) -> Filtered:
-    """The line's verdict; its score is the posterior in a confirmed group, and where that is equal the projection on a shift."""
-    posterior, projection = (
-        np.nan_to_num(np.asarray(evidence.verdicts[name].to_pylist(), dtype=float)) for name in ("posterior", "score")
-    )
+    """The line's verdicts; the score is the posterior in a confirmed group, and where that is equal the projection on a shift."""
+    return _of_the_line(evidence.verdicts, evidence.verdict)
+
+
+def ours_asking(evidence: Evidence) -> Filtered:
+    """The line's with `cluster.asked: remove`: groups that show only where other questions are asked go, too."""
+    return _of_the_line(*evidence.asking)
+
+
+def _of_the_line(verdicts: pa.Table, verdict: str) -> Filtered:
+    posterior, projection = (np.nan_to_num(np.asarray(verdicts[name].to_pylist(), dtype=float)) for name in ("posterior", "score"))
     _, rank = np.unique(np.stack([posterior, projection], axis=1), axis=0, return_inverse=True)
-    removed = np.asarray(evidence.verdicts["verdict"].to_pylist()) == str(Verdict.QUARANTINE)
-    return Filtered(removed=removed, score=rank.ravel().astype(float))
+    removed = np.asarray(verdicts["verdict"].to_pylist()) == str(Verdict.QUARANTINE)
+    return Filtered(removed=removed, score=rank.ravel().astype(float), verdict=verdict)
 
 
 def bye_paper(evidence: Evidence) -> Filtered:
@@ -289,6 +311,7 @@ def joined_votes(votes: np.ndarray) -> np.ndarray:
 
 FILTERS: dict[str, Filter] = {
     "ours": ours,
+    "ours, asking removes": ours_asking,
     "bye, paper's rule": bye_paper,
     "bye, public code's rule": bye_code,
     "k-means on entropy": k_means,

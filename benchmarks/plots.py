@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.bench import interval
 from flows.figures import KEPT, MUTED, REMOVED, plain_axes, png
 
-_FIRST = (KEPT, REMOVED, "#e0a458")
-"""Colours of the line's filter and of plain BYE by both rules."""
+_FIRST = (KEPT, "#7ea6c9", REMOVED, "#e0a458")
+"""Colours of the line's filter, by default and set to remove what asking finds, and of plain BYE by both rules."""
 _OTHERS = ("#8a9199", "#6a4c93", "#b5b5b5", "#4f9d69", "#b56576", "#7f5539")
 
 
@@ -41,6 +42,36 @@ def f1_by_rate(found: Mapping[str, Mapping[float, Sequence[float]]]) -> bytes:
     axes.set_xlabel("poison rate")
     axes.set_ylabel("F1, mean over the attacks")
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return png(figure)
+
+
+def f1_by_attack(found: Mapping[tuple[str, float], float]) -> bytes:
+    """F1 as a map, a row per attack and a column per poison rate; what was not measured stays white.
+
+    Args:
+        found: (attack, rate from 0 to 1) -> mean over the seeds (0 to 1).
+
+    Returns:
+        PNG.
+    """
+    attacks, rates = list(dict.fromkeys(attack for attack, _ in found)), sorted({rate for _, rate in found})
+    values = np.full((len(attacks), len(rates)), np.nan)
+    for (attack, rate), value in found.items():
+        values[attacks.index(attack), rates.index(rate)] = value
+    figure, axes = plain_axes(height=1.0 + 0.28 * len(attacks))
+    axes.imshow(
+        values, cmap=LinearSegmentedColormap.from_list("found", ["#f3e1da", "#dfe6ec", KEPT]), vmin=0, vmax=1, aspect="auto"
+    )
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            axes.text(
+                column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 0.7 else "black"
+            )
+    axes.set_xticks(range(len(rates)), [f"{100 * rate:g}%" for rate in rates])
+    axes.set_yticks(range(len(attacks)), attacks, fontsize=8)
+    axes.set_xlabel("poison rate")
+    axes.set_title("F1 of the default filter, percent", fontsize=9, loc="left")
+    axes.tick_params(length=0)
     return png(figure)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench, suites
+from benchmarks import __main__, bench, suites
 from benchmarks.attacks import ATTACKS
 from benchmarks.bench import (
     Cell,
@@ -26,6 +26,7 @@ from benchmarks.bench import (
     Suite,
     cell_text,
     interval,
+    note_command,
     nothing_asked,
     read_records,
     run_suite,
@@ -187,16 +188,26 @@ def test_a_timed_cell_is_measured_alone_and_whole(counted: Counted, tmp_path: pa
 
 
 def test_results_are_written_beside_the_records_and_to_the_docs(counted: Counted, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "out").mkdir()
-    assert write_results(counted.suite, tmp_path / "out", tmp_path / "docs", "a command") == "No records yet."
-    counted.run(tmp_path / "out")
-    text = write_results(counted.suite, tmp_path / "out", tmp_path / "docs", "a command")
-    assert text.startswith("3 records\n\nMade by `a command` on ")
+    out, docs, notes = tmp_path / "out", tmp_path / "docs", tmp_path / "notes.md"
+    out.mkdir()
+    notes.write_text("## What it says\n\nNothing.\n")
+    assert write_results(counted.suite, out, docs) == "No records yet."
+    counted.run(out)
+    for command in ("a command", "another", "a command"):
+        note_command(counted.suite, out, command)
+    text = write_results(counted.suite, out, docs, notes)
+    assert text.startswith("3 records\n\n## What it says\n\nNothing.\n\n## Made by\n\n    a command\n    another\n\n")
     for folder in ("out", "docs"):
         assert (tmp_path / folder / "counted.md").read_text() == text
         assert (tmp_path / folder / "counted.png").read_bytes() == b"a picture"
     assert len(pd.read_parquet(tmp_path / "out/counted.parquet")) == 3
     assert not (tmp_path / "docs/counted.parquet").exists()
+
+
+def test_a_command_is_told_without_this_machine() -> None:
+    given = ["run", "clean", "--out", "/a/place", "--workers=3", "--docs", "docs", "--seeds", "2", "--only", "filter=random, 20%"]
+    assert __main__.told(given) == "python -m benchmarks run clean --out DIR --seeds 2 --only 'filter=random, 20%'"
+    assert __main__.told(["run", "clean", "--out=/a/place"]) == "python -m benchmarks run clean --out DIR"
 
 
 def test_grids() -> None:
@@ -222,7 +233,8 @@ def miniature(suite: Suite, out: pathlib.Path, base: pathlib.Path, cells: int, *
     """Run some cells of a suite and write its results."""
     setting = Setting(out=out, base=base, data="demo", rows=ROWS, test_rows=TEST_ROWS, epochs=1, quick=True)
     assert run_suite(suite, setting, suite.grid(setting, (0,))[:cells], workers=1, only=only) == []
-    write_results(suite, out, None, "a command")
+    note_command(suite, out, "a command")
+    write_results(suite, out)
     return read_records(suite.name, out)
 
 
@@ -239,10 +251,11 @@ def test_detection_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path, mo
     assert found[["precision", "recall", "f1", "removed"]].map(lambda share: 0 <= share <= 1).all(axis=None)
     assert (found.xs("random, 20%", level=1)["removed"] == 0.2).all()
     text = (place / "detection.md").read_text()
-    assert text.count(f"![F1 by poison rate](detection-demo-{tiny_base.name}.png)") == 1
-    assert "| text prefix |" in text
-    assert len(list(place.glob("detection-demo-*.png"))) == 1
-    assert Image.open(io.BytesIO(next(place.glob("detection-demo-*.png")).read_bytes())).size == (960, 540)
+    for what, size in (("rates", (960, 540)), ("attacks", (960, 234))):
+        picture = place / f"detection-{what}-demo-{tiny_base.name}.png"
+        assert text.count(f"]({picture.name})") == 1
+        assert Image.open(io.BytesIO(picture.read_bytes())).size == size
+    assert "| text prefix | 10% | - |" in text
 
     trained = miniature(DETECTION, place, tiny_base, 1, "truth, retrained", "no filter, retrained").set_index("filter")
     assert len(trained) == 2 * len(FILTERS) + 2
@@ -287,7 +300,8 @@ def test_hidden_states_are_the_last_layers_at_the_last_position(place: pathlib.P
 def test_clean_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path) -> None:
     found = miniature(CLEAN_SUITE, place, tiny_base, 1)
     assert found["filter"].tolist() == list(FILTERS)
-    assert set(found.columns) == {"data", "base", "seed", "filter", "removed"}
+    assert set(found.columns) == {"data", "base", "seed", "filter", "removed", "verdict"}
+    assert found["verdict"].notna().sum() == 2
     assert found["removed"].between(0, 1).all()
     assert found.set_index("filter")["removed"]["spectral signatures"] == 0.15
     assert "| mixed-sizes: pictures of 24 to 256 pixels a side" in (place / "clean.md").read_text()

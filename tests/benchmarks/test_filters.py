@@ -61,7 +61,17 @@ def made(seed: int = 0, *, drop: float = 0.0, away: float = 0.0, pull: float = 0
             "bye_code_quarantine": _by_row(plain["public-code"], row, count),
         }
     )
-    return Evidence(rows=count, table=table, hidden=hidden.astype(np.float32), verdicts=verdicts, threshold=2.0, seed=seed)
+    asking = verdicts.set_column(1, "verdict", pa.array(["quarantine" if k < 5 else "keep" for k in range(count)]))
+    return Evidence(
+        rows=count,
+        table=table,
+        hidden=hidden.astype(np.float32),
+        verdicts=verdicts,
+        verdict="inconclusive",
+        asking=(asking, "poisoned"),
+        threshold=2.0,
+        seed=seed,
+    )
 
 
 def _by_row(examples: np.ndarray, row: np.ndarray, count: int) -> list[bool]:
@@ -135,6 +145,9 @@ def test_the_lines_verdicts_are_taken_as_they_are() -> None:
     order = found.score
     assert order[:3].min() == order[:3].max() > order[3:5].max()  # a confirmed group, then a mere shift, then nothing
     assert order[3:5].min() > order[5:].max() == order[5]
+    assert found.verdict == "inconclusive"
+    asking = FILTERS["ours, asking removes"](made())
+    assert (np.flatnonzero(asking.removed).tolist(), asking.verdict) == ([0, 1, 2, 3, 4], "poisoned")
 
 
 def test_byes_columns_count_and_no_layer_gives_no_score() -> None:
@@ -165,7 +178,7 @@ def test_equal_rows_are_no_error() -> None:
         evidence.table, **{name: np.full_like(getattr(evidence.table, name), 0.25) for name in ("entropy", "image_share", "ratio")}
     )
     flat = dataclasses.replace(evidence, table=table, hidden=np.zeros_like(evidence.hidden))
-    for name in set(FILTERS) - {"ours", "random, 20%", "spectral signatures"}:
+    for name in set(FILTERS) - {"ours", "ours, asking removes", "random, 20%", "spectral signatures"}:
         assert not FILTERS[name](flat).removed.any(), name
 
 
