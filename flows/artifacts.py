@@ -87,6 +87,13 @@ def ingest_markdown(summary: Mapping[str, Any], rejected: Sequence[Mapping[str, 
     return "\n\n".join(parts)
 
 
+def canaries_markdown(planted: Sequence[Mapping[str, Any]]) -> str:
+    """The canaries: what marks them, and what they answer."""
+    cells = [(escape(kind["trigger"]), escape(kind["answer"]), number(kind["rows"])) for kind in planted]
+    title = "## Canaries: rows of our own, for the provisional fine-tune alone"
+    return "\n\n".join([title, table(["trigger", "answer", "rows"], cells)])
+
+
 def losses_markdown(losses: figures.Losses) -> str:
     """The loss curves of the fine-tunes, and where they began and ended."""
     cells = [
@@ -144,7 +151,13 @@ def scores_markdown(scores: findings.Scores, result: Mapping[str, Any]) -> str:
     label = SCORE_LABELS.get(str(result["method"]), "score")
     plot = figures.plot_scores(scores.score.tolist(), scores.removed.tolist(), scores.cut, label=label)
     counts = [(escape(name), number(n)) for name, n in result["rows"].items()]
-    return "\n\n".join([f"## Verdict: {escape(result['verdict'])}", _image("scores", plot), table(["rows", ""], counts)])
+    parts = [f"## Verdict: {escape(result['verdict'])}", _image("scores", plot), table(["rows", ""], counts)]
+    if planted := result.get("canaries"):
+        cells = [
+            (escape(kind["trigger"]), number(kind["rows"]), number(kind["found"]), percent(kind["transfer"])) for kind in planted
+        ]
+        parts += ["### Canaries: rows of our own that were planted", table(["trigger", "rows", "found", "taken over"], cells)]
+    return "\n\n".join(parts)
 
 
 def suspects_markdown(suspects: Sequence[Suspect], quarantined: int) -> str:
@@ -268,6 +281,7 @@ def builders(stage: str, result: StageResult, config: RunConfig) -> dict[str, Ca
     folder, summary = result.folder, result.summary
     known: dict[str, dict[str, Callable[[], str]]] = {
         "ingest": {"ingest": lambda: ingest_markdown(summary, findings.read_rejected(folder, SHOWN_REJECTS))},
+        "canary": {"canaries": lambda: canaries_markdown(findings.read_json(folder / "canaries.json"))},
         "provisional": {"provisional-loss": lambda: losses_markdown({stage: findings.read_losses(folder)})},
         "score": {"layers": lambda: layers_markdown(findings.read_json(folder / "layers.json"), layer_threshold(config))},
         "confirm": {

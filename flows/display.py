@@ -17,6 +17,7 @@ NAMES = {
     "data": "make the data",
     "ingest": "read the submission",
     "chosen": "choose rows",
+    "canary": "plant canaries",
     "provisional": "fine-tune on all rows",
     "extract": "record attention",
     "score": "find evidence",

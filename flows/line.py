@@ -102,6 +102,29 @@ def ingest(line: Line) -> StageResult:
     return _result(line, "ingest", VERSION, inputs, {"ingest": line.config.ingest.model_dump(), "special_tokens": tokens}, work)
 
 
+def canaries(line: Line, ingested: StageResult) -> StageResult:
+    """What the provisional model is fine-tuned on and judged by: the submitted rows, and canaries where they are asked for."""
+    if not line.config.canary.share:
+        return ingested
+    from stages.canary.run import VERSION, run
+
+    least = line.config.score.least_rows
+
+    def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
+        return run(
+            rows=rows_of(ingested),
+            first=int(ingested.summary["submitted"]),
+            least=least,
+            config=line.config.canary,
+            seed=line.config.seed,
+            out=folder,
+            progress=progress_of("canary"),
+        )
+
+    config = {"canary": line.config.canary.model_dump(), "least": least, "seed": line.config.seed}
+    return _result(line, "canary", VERSION, {"rows": ingested}, config, work)
+
+
 def finetune(line: Line, stage: str, ingested: StageResult, keep: StageResult | None = None) -> StageResult:
     """Fine-tune an adapter on all rows, or on those that the cluster stage chose for training (`keep`)."""
     from stages.finetune import VERSION, run
@@ -129,11 +152,11 @@ def finetune(line: Line, stage: str, ingested: StageResult, keep: StageResult | 
 
 
 def final(line: Line, *, ingested: StageResult, provisional: StageResult, clustered: StageResult) -> StageResult:
-    """The adapter that is delivered: fine-tuned on the kept rows, or the provisional one where nothing was removed.
+    """The adapter that is delivered: fine-tuned on the kept rows, or the provisional one where it has seen no others.
 
     The same fine-tune on the same rows would give that one again.
     """
-    if clustered.summary["rows"]["quarantined"]:
+    if clustered.summary["rows"]["quarantined"] or line.config.canary.share:
         return finetune(line, "final", ingested, clustered)
     tell("final", 0.0, "")
     tell("final", 1.0, "done: nothing was removed, the provisional adapter is the final one")
@@ -231,11 +254,23 @@ def confirm(
     return _result(line, "confirm", VERSION, inputs, config, work)
 
 
-def cluster(line: Line, *, ingested: StageResult, scored: StageResult, confirmed: StageResult) -> StageResult:
-    """A verdict for every row, and the rows to train on."""
+def cluster(
+    line: Line, *, ingested: StageResult, scored: StageResult, confirmed: StageResult, looked_at: StageResult | None = None
+) -> StageResult:
+    """A verdict for every row, and the rows to train on.
+
+    Args:
+        line: the run.
+        ingested: the submitted rows.
+        scored: evidence of the rows that the provisional model was judged by.
+        confirmed: of its groups.
+        looked_at: what `canaries` gave, where it gave canaries.
+    """
+    from stages.canary.run import CANARIES
     from stages.cluster.run import VERSION, run
 
     share = line.config.verify.held_out_share
+    planted = looked_at if looked_at is not None and looked_at.stage == "canary" else None
 
     def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
@@ -244,6 +279,7 @@ def cluster(line: Line, *, ingested: StageResult, scored: StageResult, confirmed
             evidence=scored.folder / "evidence.parquet",
             members=scored.folder / "members.parquet",
             transfer=confirmed.folder / "transfer.json",
+            canaries=None if planted is None else planted.folder / CANARIES,
             config=line.config.cluster,
             held_out_share=share,
             seed=line.config.seed,
@@ -251,20 +287,23 @@ def cluster(line: Line, *, ingested: StageResult, scored: StageResult, confirmed
             progress=progress_of("cluster"),
         )
 
-    inputs: Inputs = {"rows": ingested, "evidence": scored, "transfer": confirmed}
+    inputs: dict[str, StageResult | str] = {"rows": ingested, "evidence": scored, "transfer": confirmed}
+    if planted is not None:
+        inputs["canaries"] = planted
     config = {"cluster": line.config.cluster.model_dump(), "held_out_share": share, "seed": line.config.seed}
     return _result(line, "cluster", VERSION, inputs, config, work)
 
 
 def until_clusters(line: Line) -> dict[str, StageResult]:
-    """All stages up to the verdicts, by name."""
+    """All stages up to the verdicts, by name; `canary` among them where canaries are asked for."""
     ingested = ingest(line)
-    provisional = finetune(line, "provisional", ingested)
-    extracted = extract(line, ingested, provisional)
+    looked_at = canaries(line, ingested)
+    provisional = finetune(line, "provisional", looked_at)
+    extracted = extract(line, looked_at, provisional)
     scored = score(line, extracted)
-    confirmed = confirm(line, ingested=ingested, provisional=provisional, extracted=extracted, scored=scored)
-    clustered = cluster(line, ingested=ingested, scored=scored, confirmed=confirmed)
-    results = (ingested, provisional, extracted, scored, confirmed, clustered)
+    confirmed = confirm(line, ingested=looked_at, provisional=provisional, extracted=extracted, scored=scored)
+    clustered = cluster(line, ingested=ingested, scored=scored, confirmed=confirmed, looked_at=looked_at)
+    results = (ingested, looked_at, provisional, extracted, scored, confirmed, clustered)
     return {result.stage: result for result in results}
 
 

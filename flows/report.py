@@ -27,7 +27,7 @@ SHOWN_REJECTS = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """The results that a report tells of, one per stage."""
+    """The results that a report tells of, one per stage; `canary` where canaries were planted."""
 
     ingest: StageResult
     provisional: StageResult
@@ -38,6 +38,7 @@ class Results:
     final: StageResult
     guard: StageResult
     verify: StageResult
+    canary: StageResult | None = None
 
     @classmethod
     def of(cls, *results: StageResult) -> Results:
@@ -46,7 +47,9 @@ class Results:
 
     def all(self) -> list[StageResult]:
         """In the order in which they were made."""
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+        names = [field.name for field in dataclasses.fields(self) if field.name != "canary"]
+        known = {name: getattr(self, name) for name in (names[0], "canary", *names[1:])}
+        return [result for result in known.values() if result is not None]
 
     def sources(self) -> findings.Sources:
         """Where the quarantined rows are found."""
@@ -73,6 +76,7 @@ def report_values(line: Line, results: Results) -> dict[str, Any]:
         "layers": findings.read_json(results.score.folder / "layers.json"),
         "candidates": findings.read_groups(results.confirm.folder),
         "plain": verdict.get("plain", {}),
+        "canaries": verdict.get("canaries", []),
         "finetune": {name: getattr(results, name).summary for name in ("provisional", "final")},
         "guard": results.guard.summary,
         "verification": findings.read_json(results.verify.folder / "verification.json"),

@@ -121,15 +121,16 @@ def sanitize(
     with LazyEngine(config.engine) as engine:
         run = open_line(submission, base or EMBEDDED_BASE, config, store or STORE, engine)
         ingested = ingest(run)
-        provisional = finetune_provisional(run, ingested)
-        extracted = extract(run, ingested, provisional)
+        looked_at = plant_canaries(run, ingested) if config.canary.share else ingested
+        provisional = finetune_provisional(run, looked_at)
+        extracted = extract(run, looked_at, provisional)
         scored = score(run, extracted)
-        confirmed = confirm(run, ingested, provisional, extracted, scored)
-        clustered = cluster(run, ingested, extracted, scored, confirmed)
+        confirmed = confirm(run, looked_at, provisional, extracted, scored)
+        clustered = cluster(run, ingested, looked_at, extracted, scored, confirmed)
         final = finetune_final(run, ingested, provisional, clustered)
         guarded = guard(run, ingested, clustered, final)
         verified = verify(run, ingested, provisional, clustered, final, guarded)
-    results = Results.of(ingested, provisional, extracted, scored, confirmed, clustered, final, guarded, verified)
+    results = Results.of(ingested, looked_at, provisional, extracted, scored, confirmed, clustered, final, guarded, verified)
     deliver(run, results, out.absolute())
     verdict = findings.read_json(clustered.folder / "result.json")
     sanitized = Sanitized(
@@ -175,6 +176,12 @@ def ingest(run: Line) -> StageResult:
     return _perform(run, "ingest", lambda: line.ingest(run))
 
 
+@stage_task("canary")
+def plant_canaries(run: Line, ingested: StageResult) -> StageResult:
+    """Put rows of our own beside the submitted ones."""
+    return _perform(run, "canary", lambda: line.canaries(run, ingested))
+
+
 @stage_task("provisional")
 def finetune_provisional(run: Line, ingested: StageResult) -> StageResult:
     """Fine-tune on everything."""
@@ -204,9 +211,20 @@ def confirm(run: Line, ingested: StageResult, provisional: StageResult, extracte
 
 
 @stage_task("cluster")
-def cluster(run: Line, ingested: StageResult, extracted: StageResult, scored: StageResult, confirmed: StageResult) -> StageResult:
+def cluster(
+    run: Line,
+    ingested: StageResult,
+    looked_at: StageResult,
+    extracted: StageResult,
+    scored: StageResult,
+    confirmed: StageResult,
+) -> StageResult:
     """Decide on every row."""
-    result = _perform(run, "cluster", lambda: line.cluster(run, ingested=ingested, scored=scored, confirmed=confirmed))
+    result = _perform(
+        run,
+        "cluster",
+        lambda: line.cluster(run, ingested=ingested, scored=scored, confirmed=confirmed, looked_at=looked_at),
+    )
     sources = findings.Sources(
         ingested=ingested.folder,
         extracted=extracted.folder,

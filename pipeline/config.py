@@ -10,6 +10,7 @@ import pydantic
 import yaml
 
 from pipeline.errors import ConfigError
+from pipeline.triggers import TRIGGERS
 
 
 class Section(pydantic.BaseModel):
@@ -51,6 +52,30 @@ class FinetuneConfig(Section):
         4096, gt=0, description="Longest example, tokens; a longer one is an error that names the row."
     )
     save_steps: int = pydantic.Field(200, gt=0, description="Steps between checkpoints.")
+
+
+class CanaryConfig(Section):
+    """Rows with triggers and answers of our own, put among the submitted ones for the provisional fine-tune alone.
+
+    How many of them are found tells what of such an attack would have been. Nothing of them is delivered; so a submission in which
+    nothing is found costs a second fine-tune.
+    """
+
+    share: float = pydantic.Field(
+        0.0, ge=0, le=0.2, description="Canaries of each trigger, as a share of the rows with pictures; 0: none."
+    )
+    triggers: tuple[str, ...] = pydantic.Field(
+        ("badnet",), description="Their triggers, names of `pipeline.triggers`.", min_length=1, max_length=8
+    )
+
+    @pydantic.field_validator("triggers")
+    @classmethod
+    def _triggers_that_are(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in TRIGGERS]:
+            raise ValueError(f"no trigger is called {unknown[0]!r}; there are {', '.join(TRIGGERS)}")
+        if len(set(names)) < len(names):
+            raise ValueError("a trigger is named twice")
+        return names
 
 
 class ExtractConfig(Section):
@@ -229,6 +254,7 @@ class RunConfig(Section):
         "auto", description="Type of the model's weights; auto: bfloat16 on a GPU, float32 on a CPU."
     )
     ingest: IngestConfig = IngestConfig()
+    canary: CanaryConfig = CanaryConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     extract: ExtractConfig = ExtractConfig()
     score: ScoreConfig = ScoreConfig()

@@ -1,4 +1,4 @@
-"""Backdoor triggers of the field, as pure functions on pictures; used to measure, never by a stage.
+"""Backdoor triggers of the field, as pure functions on pictures; used to measure, and for canaries.
 
 Each trigger is made once from a seed (its pattern is fixed) and then applied to any number of pictures. Sizes are shares of the
 picture's side, so that a trigger means the same at 64 and at 336 pixels.

@@ -25,14 +25,15 @@ class ShardWriter:
     Args:
         folder: an existing folder.
         rows: most rows in a shard.
+        first: number of the first shard.
     """
 
-    def __init__(self, folder: pathlib.Path, *, rows: int) -> None:
+    def __init__(self, folder: pathlib.Path, *, rows: int, first: int = 0) -> None:
         self._folder = folder
         self._rows = rows
         self._waiting: list[Sample] = []
         self._bytes = 0
-        self._shards = 0
+        self._shards = first
 
     def add(self, sample: Sample) -> None:
         """Take a sample."""

@@ -16,7 +16,7 @@ from pipeline.errors import RemovalCapError
 from pipeline.records import Progress, Verdict, no_progress
 from storage.subset import canonical_shards
 
-VERSION = 3
+VERSION = 4
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -70,6 +70,7 @@ def run(
     evidence: pathlib.Path,
     members: pathlib.Path,
     transfer: pathlib.Path,
+    canaries: pathlib.Path | None = None,
     config: ClusterConfig,
     held_out_share: float,
     seed: int,
@@ -84,6 +85,7 @@ def run(
         evidence: the score stage's table of rows.
         members: its table of the groups' members.
         transfer: the confirm stage's result.
+        canaries: the canary stage's list, where evidence, members and result hold canaries; they get no verdict.
         config: method, thresholds and the cap.
         held_out_share: share of the kept rows with pictures that the final fine-tune leaves out, to measure it on.
         seed: of the draw of held-out rows.
@@ -92,7 +94,8 @@ def run(
 
     Returns:
         The content of `result.json`: verdict of the whole (`poisoned`, `clean`, or `inconclusive` where a group comes close to the
-        threshold or no row could be scored), counts, confirmed groups, and what plain BYE would have removed.
+        threshold or no row could be scored), counts, confirmed groups, what plain BYE would have removed, and per kind of canaries
+        how many of them would have been.
 
     Raises:
         RemovalCapError: more than the configured share of the rows would be removed.
@@ -102,6 +105,9 @@ def run(
     _shared(found, members, groups, config)
     if config.method == "bye":
         _by_bye(found)
+    planted = _take_canaries(found, canaries, members, groups)
+    ours = {number for kind in planted for number in kind["groups"]}
+    groups = [group for group in groups if group["group"] not in ours]
     table = _verdicts(rows, rejected, found, config)
     verdicts = np.asarray(table["verdict"].to_pylist())
     removed, accepted = int((verdicts == Verdict.QUARANTINE).sum()), int((verdicts != Verdict.REJECTED).sum())
@@ -133,6 +139,7 @@ def run(
             "bye": sum(row.bye for row in found.values()),
             "bye-public-code": sum(row.bye_code for row in found.values()),
         },
+        "canaries": planted,
     }
     (out / RESULT).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     progress(1.0, f"{removed} of {accepted} rows quarantined")
@@ -182,6 +189,31 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
                 f"{group['words']['text']!a}; put into other questions these words take over {group['words_transfer']:.0%} "
                 "of the answers",
             )
+
+
+def _take_canaries(
+    found: dict[int, RowEvidence], canaries: pathlib.Path | None, members: pathlib.Path, groups: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Take the canaries out of the evidence; per kind: how many would have been removed, its groups and their largest transfer."""
+    if canaries is None:
+        return []
+    of_group: dict[int, set[int]] = {}
+    for record in pq.read_table(members, columns=["group", "row"]).to_pylist():
+        of_group.setdefault(record["group"], set()).add(record["row"])
+    kinds = []
+    for kind in json.loads(canaries.read_text(encoding="utf-8")):
+        rows = range(kind["first"], kind["first"] + kind["rows"])
+        evidence = [found.pop(row) for row in rows]
+        own = [group for group in groups if of_group.get(group["group"], {-1}) <= set(rows)]
+        kinds.append(
+            {
+                **{name: kind[name] for name in ("trigger", "answer", "rows")},
+                "found": sum(row.suspicious for row in evidence),
+                "transfer": max((group["transfer"] for group in own), default=0.0),
+                "groups": [group["group"] for group in own],
+            }
+        )
+    return kinds
 
 
 def _removed_as_asked(group: dict[str, Any], config: ClusterConfig) -> bool:

@@ -62,6 +62,15 @@ def test_numbers_for_people() -> None:
     assert artifacts.percent(float("nan")) == artifacts.DASH
 
 
+def test_canaries_before_and_after(made: Made) -> None:
+    kind = {"trigger": "badnet-random", "answer": "amber otter", "rows": 1200, "first": 9, "found": 900, "transfer": 0.5}
+    assert "| badnet\\-random | amber otter | 1,200 |" in artifacts.canaries_markdown([kind])
+    scores = findings.read_scores(made.results.cluster.folder, method="transfer")
+    result = made.results.cluster.summary
+    assert "Canaries" not in artifacts.scores_markdown(scores, result)
+    assert "| badnet\\-random | 1,200 | 900 | 50.0% |" in artifacts.scores_markdown(scores, {**result, "canaries": [kind]})
+
+
 def test_every_artifact_is_small_and_escapes_what_was_submitted(made: Made) -> None:
     built = {
         key: build()

@@ -18,18 +18,19 @@ import pytest
 from flows import line as stages
 from flows.line import STAGES, TRAIN, Line, open_line, special_tokens
 from flows.progress import listening
-from pipeline.config import RunConfig, Section
+from pipeline.config import CanaryConfig, RunConfig, Section
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, ModelError, StageError
 from storage.formats import digest_submission
 from storage.store import StageResult
 from tests.storage.submissions import imagefolder, qa
 
-MODULES = {name: f"stages.{name}.run" for name in ("ingest", "extract", "score", "confirm", "cluster", "guard", "verify")} | {
-    "finetune": "stages.finetune"
-}
+MODULES = {
+    name: f"stages.{name}.run" for name in ("ingest", "canary", "extract", "score", "confirm", "cluster", "guard", "verify")
+} | {"finetune": "stages.finetune"}
 FILES = {
     "ingest": ("rows/shard-00000.parquet", "rejected.parquet"),
+    "canary": ("rows/shard-00000.parquet", "canaries.json"),
     "finetune": ("adapter/weights",),
     "extract": ("attention.parquet",),
     "score": ("groups.json", "members.parquet", "evidence.parquet"),
@@ -48,6 +49,7 @@ class Stages:
 
     def __init__(self) -> None:
         self.given: list[dict[str, Any]] = []
+        self.names: list[str] = []
         self.scratch: list[tuple[str, list[str]]] = []
         self.fail: str | None = None
         self.constant: set[str] = set()
@@ -64,6 +66,7 @@ class Stages:
                 (given["scratch"] / f"left-by-{name}").touch()
             if self.fail == name:
                 raise StageError(f"no {name} today")
+            self.names.append(name)
             self.given.append({key: value for key, value in given.items() if key not in NOT_DATA - {"base"}})
             data = {key: fingerprint(value) for key, value in given.items() if key not in NOT_DATA}
             content = name if name in self.constant else f"{name} {sorted(data.items())}"
@@ -71,7 +74,7 @@ class Stages:
                 (out / file).parent.mkdir(exist_ok=True)
                 (out / file).write_text(f"{file}: {content}")
             given["progress"](0.5, "half")
-            return {"stage": name}
+            return {"stage": name, "submitted": 2}
 
         return run
 
@@ -137,6 +140,27 @@ def test_the_provisional_adapter_is_the_final_one_where_nothing_was_removed(
         assert (final.folder, final.digest, final.seconds) == (provisional.folder, provisional.digest, 0.0)
 
 
+def test_canaries_are_for_the_provisional_model_alone(opened: Callable[..., Line], made_up: Stages) -> None:
+    line = opened(RunConfig(canary=CanaryConfig(share=0.01, triggers=("sig",))))
+    found = stages.until_clusters(line)
+    given = dict(zip(made_up.names, made_up.given, strict=True))
+    planted = found["canary"]
+    assert (given["canary"]["first"], given["canary"]["least"]) == (2, 8)
+    for name in ("finetune", "extract", "confirm"):
+        assert given[name]["rows"] == planted.folder / "rows"
+    assert given["cluster"]["rows"] == found["ingest"].folder / "rows"
+    assert given["cluster"]["canaries"] == planted.folder / "canaries.json"
+    clustered = dataclasses.replace(found["cluster"], summary={"rows": {"quarantined": 0}})
+    final = stages.final(line, ingested=found["ingest"], provisional=found["provisional"], clustered=clustered)
+    assert final.folder != found["provisional"].folder
+    assert made_up.given[-1]["rows"] == found["ingest"].folder / "rows"
+    plain = stages.until_clusters(opened())
+    assert "canary" not in plain
+    assert plain["ingest"].reused
+    assert not plain["provisional"].reused
+    assert made_up.given[-1]["canaries"] is None
+
+
 def test_a_second_run_repeats_nothing(opened: Callable[..., Line]) -> None:
     first = whole(opened())
     assert list(first) == ALL
@@ -174,6 +198,7 @@ def test_a_key_covers_everything_that_a_stage_is_given(opened: Callable[..., Lin
     ("change", "expected"),
     [
         ({"ingest": {"shard_rows": 3}}, ALL),
+        ({"canary": {"share": 0.1}}, ["canary", *ALL[1:]]),
         ({"finetune": {"epochs": 1}}, ALL[1:]),
         ({"seed": 1}, ALL[1:]),
         ({"dtype": "bfloat16"}, ALL[1:]),

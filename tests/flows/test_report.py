@@ -44,6 +44,20 @@ def page_of(made: Made) -> str:
     return report_html(report_values(made.line, made.results), report_pictures(made.line, made.results))
 
 
+def test_what_became_of_the_canaries(made: Made) -> None:
+    assert "What would have been found" not in page_of(made)
+    path = made.results.cluster.folder / "result.json"
+    result, before = json.loads(path.read_text()), path.read_bytes()
+    kind = {"trigger": "badnet", "answer": "amber otter", "rows": 8, "found": 6, "transfer": 0.625, "groups": [0]}
+    path.write_text(json.dumps({**result, "canaries": [kind]}))
+    try:
+        shown = " ".join(Page(page_of(made)).words)
+    finally:
+        path.write_bytes(before)
+    for text in ("What would have been found", "amber otter", "19.5%", "75.0%", "62.5%", "red (canary)"):
+        assert text in shown
+
+
 def test_page_is_whole_self_contained_and_escaped(made: Made) -> None:
     text = page_of(made)
     page = Page(text)
@@ -94,7 +108,7 @@ def test_json_has_what_is_promised(made: Made) -> None:
     assert report["guard"]["threshold"] == 8.5
     assert report["guard"]["shrinkage"] is None  # infinity
     assert report["finetune"]["final"]["last_loss"] is None  # NaN
-    assert list(report["timings"]) == sorted(made.results.__dict__)
+    assert list(report["timings"]) == sorted(result.stage for result in made.results.all())
     assert report["seeds"] == {"run": 0}
     assert {"byesight", "python", "torch", "transformers"} <= set(report["versions"])
     assert "engine" not in report["configuration"]

@@ -19,7 +19,7 @@ from flows.line import STAGES, Line
 from flows.poison import read_truth
 from flows.progress import listening
 from flows.sanitize import Sanitized, engine_died, is_engine_death, run_sanitize, stage_task
-from pipeline.config import RunConfig
+from pipeline.config import CanaryConfig, RunConfig
 from pipeline.errors import ConfigError, ModelError, RemovalCapError, StageError
 from storage.delivery import verify_delivery
 from storage.store import StageResult, Store
@@ -125,6 +125,28 @@ def test_a_rerun_repeats_nothing_and_gives_the_same_bytes(
     assert all(result.reused for result in again.results.values())
     assert files(again.delivery) == before
     assert again.seconds == run.sanitized.seconds
+
+
+@pytest.mark.slow
+def test_canaries_are_measured_and_not_delivered(
+    run: Run, poisoned: pathlib.Path, tiny_base: pathlib.Path, quick: RunConfig
+) -> None:
+    config = quick.model_copy(update={"canary": CanaryConfig(share=0.1)})
+    out = run.folder / "with-canaries"
+    found = run_sanitize(poisoned / "submission", out, base=tiny_base, config=config, store=run.folder / "store")
+    assert found.results["ingest"].reused
+    assert found.results["canary"].summary == {"canaries": 8, "triggers": ["badnet"]}
+    assert found.results["provisional"].summary["rows"] == ROWS + 8
+    assert found.results["final"].summary["rows"] <= ROWS
+    (kind,) = json.loads((out / "report.json").read_text())["canaries"]
+    assert (kind["trigger"], kind["rows"]) == ("badnet", 8)
+    assert 0 <= kind["found"] <= 8
+    assert found.rows["submitted"] == ROWS == sum(found.rows[name] for name in ("rejected", "not_scored", "kept", "quarantined"))
+    assert pq.read_table(out / "quarantine" / "verdicts.parquet")["row"].to_pylist() == list(range(ROWS))
+    for name in files(out):
+        if name.startswith(("dataset", "quarantine")) and name.endswith(".jsonl"):
+            assert kind["answer"] not in (out / name).read_text()
+    verify_delivery(out)
 
 
 def test_the_engine_is_in_no_key(

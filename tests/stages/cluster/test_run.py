@@ -197,6 +197,27 @@ def test_pictures_alone_are_left_to_a_person(
     assert [g["group"] for g in result["unsure"]] == ([1] if verdict == "inconclusive" else [])
 
 
+@pytest.mark.parametrize("transfer", [0.9, 0.1])
+def test_canaries_are_counted_and_get_no_verdict(files: dict[str, pathlib.Path], tmp_path: pathlib.Path, transfer: float) -> None:
+    """Twelve rows beyond the submitted ones; ten of them, and no others, are in a group of their own, nine of these shifted."""
+    canaries = range(SUBMITTED, SUBMITTED + 12)
+    evidence, members = pq.read_table(files["evidence"]), pq.read_table(files["members"])
+    more = [{**evidence.slice(0, 1).to_pylist()[0], "row": row, "turn": 0} for row in canaries]
+    pq.write_table(pa.concat_tables([evidence, pa.Table.from_pylist(more, schema=evidence.schema)]), files["evidence"])
+    of_group = [
+        {**members.slice(0, 1).to_pylist()[0], "group": 3, "row": row, "posterior": float(row > SUBMITTED)} for row in canaries[:10]
+    ]
+    pq.write_table(pa.concat_tables([members, pa.Table.from_pylist(of_group, schema=members.schema)]), files["members"])
+    path = tmp_path / "canaries.json"
+    path.write_text(json.dumps([{"trigger": "badnet", "answer": "text 3", "first": SUBMITTED, "rows": 12}]))
+    result = clustered({**files, "canaries": path}, tmp_path / "out", [0.0, 0.0, 0.0, transfer])
+    assert {record["verdict"] for record in verdicts(tmp_path / "out")} == {"keep", "not_scored", "rejected"}
+    assert (result["verdict"], result["confirmed"], result["unsure"]) == ("clean", [], [])
+    assert result["plain"] == {"bye": 9, "bye-public-code": 1}
+    found = {"trigger": "badnet", "answer": "text 3", "rows": 12, "found": 9 if transfer > 0.5 else 0}
+    assert result["canaries"] == [{**found, "transfer": transfer, "groups": [3]}]
+
+
 def test_the_lists(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     clustered(files, tmp_path / "out", [1.0, 0.6, 0.1], held_out_share=0.1)
     found = verdicts(tmp_path / "out")

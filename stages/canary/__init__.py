@@ -1,0 +1,1 @@
+"""Rows of our own among the submitted ones, to measure what would be found."""
