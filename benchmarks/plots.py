@@ -75,6 +75,33 @@ def f1_by_attack(found: Mapping[tuple[str, float], float]) -> bytes:
     return png(figure)
 
 
+def asr_by_attack(found: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Attack success rate without and with a defence, a row per attack, with its 95% interval over the seeds.
+
+    Args:
+        found: attack -> defence -> a value per seed (0 to 1).
+
+    Returns:
+        PNG.
+    """
+    figure, axes = plain_axes(height=1.2 + 0.26 * len(found))
+    places = np.arange(len(found))
+    axes.hlines(places, 0, 1, color=MUTED, linewidth=0.4)
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    for name, colour in zip(names, (REMOVED, KEPT, *_OTHERS), strict=False):
+        spans = np.asarray([interval(values.get(name, ())) for values in found.values()]).reshape(-1, 2)
+        mean, half = spans[:, 0], np.nan_to_num(spans[:, 1])
+        reach = np.stack([mean - np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1) - mean])
+        axes.errorbar(mean, places, xerr=reach, color=colour, label=name, linestyle="", marker="o", markersize=4, elinewidth=1)
+    axes.set_yticks(places, list(found), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(-0.02, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("attack success rate")
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return png(figure)
+
+
 def removed_by_variant(found: Mapping[str, Mapping[str, float]]) -> bytes:
     """Share of rows removed from clean submissions, a row per submission and a mark per filter.
 

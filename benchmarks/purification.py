@@ -23,6 +23,7 @@ from benchmarks.attacks import ATTACKS, Part, poison_rows
 from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, percent, poisoned_cells, run_config
 from benchmarks.data import make_data
 from benchmarks.defences import DEFENCES, Defence
+from benchmarks.plots import asr_by_attack
 from flows import line
 from flows.engines import LazyEngine
 from flows.line import Line, open_line
@@ -41,6 +42,7 @@ from storage.subset import copy_rows
 TRIED = ("badnet", "badnet-random", "blended", "wanet", "sig", "issba", "phrase")
 """Attacks of one part, by their names in `benchmarks.attacks`."""
 RATES = (0.1, 0.5)
+_PICTURE = "purification-asr.png"
 _FIRST_TOKENS = 2
 """Tokens of an answer that a restorer compares, for it asks for many; the answers to scenes are seldom longer."""
 _ABLATED = (("badnet", 0.1), ("blended", 0.1))
@@ -135,7 +137,10 @@ def report(frame: pd.DataFrame) -> str:
     """Per attack and rate what no defence and ours give; all defences over the attacks; the ablations."""
     parts = ["# Defences at test time", __doc__.split("\n\n", 1)[1].strip()]
     seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
-    parts.append(f"Means over seeds {seeds} with 95% intervals (Student's t). All figures in percent.")
+    parts.append(
+        f"Means over seeds {seeds} with 95% intervals (Student's t); figures without an interval are of one seed. All figures in "
+        "percent."
+    )
     main = frame[frame["defence"].isin(["none", "ours"])]
     rows = []
     for (attack, rate), group in main.groupby(["attack", "rate"], sort=False):
@@ -150,7 +155,7 @@ def report(frame: pd.DataFrame) -> str:
         )
     header = ["attack", "poison", "ASR, no guard", "ASR, guard", "clean, no guard", "clean, guard"]
     header += ["triggered inputs answered right", "true positives", "false positives"]
-    parts += ["## The guard", markdown(header, rows)]
+    parts += ["## The guard", f"![Attack success rate with and without the guard]({_PICTURE})", markdown(header, rows)]
     broad = [name for name, defence in DEFENCES.items() if not defence.ablation]
     parts += ["## Attack success rate under each defence", _by_attack(frame, broad, "asr")]
     parts += ["## Clean performance under each defence", _by_attack(frame, broad, "clean")]
@@ -164,6 +169,19 @@ def report(frame: pd.DataFrame) -> str:
         if rows:
             parts += [f"## Ablations: {attack}, {percent(rate)}", markdown(["defence", *_COLUMNS.values()], rows)]
     return "\n\n".join(parts)
+
+
+def figures(frame: pd.DataFrame) -> dict[str, bytes]:
+    """Attack success rate without and with the guard."""
+    shown = {"none": "no guard", "ours": "with the guard"}
+    cells = frame[frame["defence"].isin(shown)].groupby(["attack", "rate"], sort=False)
+    found = {
+        f"{attack}, {percent(rate)}": {
+            told: group[group["defence"] == name]["asr"].tolist() for name, told in shown.items() if name in set(group["defence"])
+        }
+        for (attack, rate), group in cells
+    }
+    return {_PICTURE: asr_by_attack(found)} if found else {}
 
 
 def _by_attack(frame: pd.DataFrame, names: Sequence[str], column: str) -> str:
@@ -201,4 +219,4 @@ def _share(flags: Sequence[Any]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-PURIFICATION = Suite(name="purification", key="defence", grid=grid, keys=keys, measure=measure, report=report)
+PURIFICATION = Suite(name="purification", key="defence", grid=grid, keys=keys, measure=measure, report=report, figures=figures)
