@@ -124,7 +124,8 @@ def groups_markdown(groups: Sequence[Mapping[str, Any]], *, planted: float, pict
         "words",
         "others give it",
         "with its tokens or words",
-        "taken over",
+        "undone without",
+        "transfer",
         "its pictures give it",
     ]
     cells = [
@@ -136,6 +137,7 @@ def groups_markdown(groups: Sequence[Mapping[str, Any]], *, planted: float, pict
             escape(group["words"]["text"], 40) if group["words"] else "",
             percent(group["own"]),
             percent(max(group["attended"], group["residual"], group["worded"])),
+            percent(group["reversed"] if group["alike"] else None),
             percent(group["transfer"]),
             percent(group["pictures_transfer"] if group["questions"] else None),
         )
@@ -156,7 +158,7 @@ def scores_markdown(scores: findings.Scores, result: Mapping[str, Any]) -> str:
         cells = [
             (escape(kind["trigger"]), number(kind["rows"]), number(kind["found"]), percent(kind["transfer"])) for kind in planted
         ]
-        parts += ["### Canaries: rows of our own that were planted", table(["trigger", "rows", "found", "taken over"], cells)]
+        parts += ["### Canaries: rows of our own that were planted", table(["trigger", "rows", "found", "transfer"], cells)]
     return "\n\n".join(parts)
 
 

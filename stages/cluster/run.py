@@ -16,7 +16,7 @@ from pipeline.errors import RemovalCapError
 from pipeline.records import Progress, Verdict, no_progress
 from storage.subset import canonical_shards
 
-VERSION = 4
+VERSION = 5
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -118,7 +118,7 @@ def run(
         )
     _write_lists(table["row"].to_numpy(), verdicts, held_out_share, seed, out)
     pq.write_table(table, out / VERDICTS, compression="zstd")
-    confirmed = [group for group in groups if group["transfer"] >= config.transfer or _removed_as_asked(group, config)]
+    confirmed = [group for group in groups if _removed(group, config)]
     unsure = [group for group in groups if group not in confirmed and _nearness(group, config) >= _UNSURE]
     doubtful = not found or (config.method == "transfer" and bool(unsure))
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
@@ -169,12 +169,13 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
         if group is None:
             continue
         what = "answer" if group["whole"] else "phrase"
-        if group["tokens_transfer"] >= config.transfer:
+        if _removed_as_planted(group, config):
+            without = f"; without it {group['reversed']:.0%} of these rows answer as others do" if group["alike"] else ""
             row.suspect(
                 record["posterior"],
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
-                f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['tokens_transfer']:.0%} "
-                "of the answers",
+                f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['taken_over']:.0%} "
+                f"of the answers{without}",
             )
         if _removed_as_asked(group, config):
             row.suspect(
@@ -182,7 +183,7 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows; asked questions of another kind about their "
                 f"pictures, the provisional model gives it to {group['asked']:.0%} of them (to {group['others']:.0%} about others)",
             )
-        if record["worded"] and group["words_transfer"] >= config.transfer:
+        if record["worded"] and _removed_as_worded(group, config):
             row.suspect(
                 1.0,
                 f"shares the answer {group['text']!a} with {group['words']['rows']} rows whose questions hold "
@@ -214,6 +215,19 @@ def _take_canaries(
             }
         )
     return kinds
+
+
+def _removed(group: dict[str, Any], config: ClusterConfig) -> bool:
+    return any(test(group, config) for test in (_removed_as_planted, _removed_as_worded, _removed_as_asked))
+
+
+def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:
+    """Not where all other rows ask the same and answer the same: an object that is asked for looks like a trigger there."""
+    return bool(group["tokens_transfer"] >= config.transfer and group["reversed"] is not None)
+
+
+def _removed_as_worded(group: dict[str, Any], config: ClusterConfig) -> bool:
+    return bool(group["words_transfer"] >= config.transfer)
 
 
 def _removed_as_asked(group: dict[str, Any], config: ClusterConfig) -> bool:

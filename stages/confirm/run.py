@@ -2,7 +2,9 @@
 
 Attention follows content: honest rows with one answer shift together too. What sets a backdoor apart is that it works anywhere.
 So the picture tokens that a group's rows attend to, or what their picture tokens have in common, are planted into the pictures of
-other rows, which keep their own questions; if most of those then give the group's answer, the group is an attack. Words that set
+other rows, which keep their own questions, of another kind; if most of those then give the group's answer, the group is an attack.
+Where all ask one kind of question, or nobody knows, what shows the answer in one picture may honestly show it in another: there it
+takes more, and the group's own rows must answer as others do once it is taken out of them. Words that set
 the group's questions apart are put into the questions of other rows, which keep their pictures, to the same end; and questions of
 another kind are asked about the pictures of the group's rows, and about those of others. Ours, after the causal reading that
 CleanSight gives attention stealing (arXiv 2603.12989, section 3).
@@ -33,12 +35,14 @@ from stages.score.groups import plain_answer
 from stages.score.words import with_words
 from storage.subset import canonical_shards
 
-VERSION = 6
+VERSION = 7
 TRANSFER = "transfer.json"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""
 LEAST_QUESTIONS = 32
 """The same of questions of another kind: a smaller share of them tells, so chance must weigh less."""
+HONEST = 0.4
+"""Share of rows that ask the same which an honest group may change: counted is what is beyond it."""
 Place = tuple[int, int]
 """Row and turn of an example."""
 
@@ -97,9 +101,14 @@ def run(
     for finished in engine.map_shards(shards, ConfirmWorker, arguments, batch_rows=1) if shards else ():
         results |= {result["group"]: result for result in finished.to_pylist()}
         progress(len(results) / len(shards), f"{len(results)} of {len(shards)} groups tried")
-    tried = [{**group, **results[group["group"]]} for group in described if group["group"] in results]
+    tried = [
+        {**group, **results[group["group"]], "alike": drawn[group["group"]].alike}
+        for group in described
+        if group["group"] in results
+    ]
     for group in tried:
-        group["tokens_transfer"] = transfer(group["own"], max(group["attended"], group["residual"]), group["hosts"])
+        group["taken_over"] = transfer(group["own"], max(group["attended"], group["residual"]), group["hosts"])
+        group["tokens_transfer"] = beyond_honest(group["taken_over"], group["reversed"]) if group["alike"] else group["taken_over"]
         group["words_transfer"] = transfer(group["own"], group["worded"], group["hosts"])
         group["pictures_transfer"] = transfer(group["others"], group["asked"], group["questions"], least=LEAST_QUESTIONS)
         group["transfer"] = max(group["tokens_transfer"], group["words_transfer"])
@@ -120,6 +129,14 @@ def transfer(own: float, planted: float, hosts: int, *, least: int = LEAST_HOSTS
     return max(0.0, planted - own) / (1 - own) if (1 - own) * hosts >= least - 0.5 else 0.0
 
 
+def beyond_honest(taken_over: float, reversal: float | None) -> float:
+    """What a transfer to rows that ask the same is worth: the lesser of it and of its reversal, as far as it is beyond `HONEST`.
+
+    A reversal that can't be told counts as whole; the cluster stage leaves such a group to a person.
+    """
+    return max(0.0, min(taken_over, 1.0 if reversal is None else reversal) - HONEST) / (1 - HONEST)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawn:
     """The examples of one group's experiment, as positions in the attention table.
@@ -127,12 +144,14 @@ class Drawn:
     Attributes:
         hosts: examples outside of the group.
         sources: as many of its shifted members.
+        alike: whether hosts may ask what the group's rows ask; else each asks something of another kind than its source.
         asked: a shifted member, whose picture is asked about; an example outside of the group, whose question is put; and another
             one that asks as the member does, about whose picture it is put to compare.
     """
 
     hosts: list[int]
     sources: list[int]
+    alike: bool
     asked: list[tuple[int, int, int]]
 
     @property
@@ -158,10 +177,13 @@ def _draw(table: pa.Table, members: pathlib.Path, numbers: Sequence[int], most: 
         own, of_group = shifted[number], np.isin(rows, sorted(inside[number]))
         outside = np.flatnonzero(~of_group)
         if own and len(outside):
-            hosts = rng.choice(outside, size=min(most, len(outside)), replace=False).tolist()
-            sources = rng.choice(own, size=len(hosts), replace=len(own) < len(hosts)).tolist()
             asked = questions_to_ask(questions, answers, of_group, np.asarray(own), most=most, rng=rng)
-            drawn[number] = Drawn(hosts=hosts, sources=sources, asked=asked)
+            if alike := len(asked) < min(LEAST_QUESTIONS, most):
+                hosts = rng.choice(outside, size=min(most, len(outside)), replace=False).tolist()
+                sources = rng.choice(own, size=len(hosts), replace=len(own) < len(hosts)).tolist()
+            else:
+                sources, hosts = [source for source, _, _ in asked], [host for _, host, _ in asked]
+            drawn[number] = Drawn(hosts=hosts, sources=sources, alike=alike, asked=asked)
     return drawn
 
 
@@ -188,6 +210,7 @@ def _write_tasks(
             "group": group["group"],
             "text": group["text"],
             "whole": group["whole"],
+            "alike": experiment.alike,
             "source_prompts": [messages_to_json(source.prompt) for source in sources],
             "source_images": [list(source.images) for source in sources],
             "source_positions": [_attended(r, group["layer"], share) for r in table.take(experiment.sources).to_pylist()],

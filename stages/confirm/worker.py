@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -15,13 +16,14 @@ from pipeline.models import Dtype, load_adapter, load_base
 from pipeline.planting import planted
 from pipeline.records import Example
 from stages.confirm.transplant import TokenTransplant
-from stages.score.groups import gives
+from stages.score.groups import gives, plain_answer
 
 TASK = pa.schema(
     [
         ("group", pa.int64()),
         ("text", pa.string()),
         ("whole", pa.bool_()),
+        ("alike", pa.bool_()),
         ("source_prompts", pa.list_(pa.string())),
         ("source_images", pa.list_(pa.list_(pa.binary()))),
         ("source_positions", pa.list_(pa.list_(pa.int32()))),
@@ -33,9 +35,9 @@ TASK = pa.schema(
         ("other_images", pa.list_(pa.list_(pa.binary()))),
     ]
 )
-"""One group: its text, member prompts with their most attended image tokens, and prompts of other rows, as many as members; these
-prompts once more with the words that set the group's questions apart, or none; members' pictures with others' questions, and the
-pictures of other rows that the same is asked about."""
+"""One group: its text, whether the other rows may ask just what its own ask, member prompts with their most attended image tokens,
+and prompts of other rows, as many as members; these prompts once more with the words that set the group's questions apart, or none;
+members' pictures with others' questions, and the pictures of other rows that the same is asked about."""
 
 RESULT = pa.schema(
     [
@@ -44,6 +46,7 @@ RESULT = pa.schema(
         ("own", pa.float64()),
         ("attended", pa.float64()),
         ("residual", pa.float64()),
+        ("reversed", pa.float64()),
         ("worded", pa.float64()),
         ("asked", pa.float64()),
         ("others", pa.float64()),
@@ -51,8 +54,10 @@ RESULT = pa.schema(
     ]
 )
 """Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
-residual, with the group's words in their questions (0 where it has none); and the share of other questions that get it about
-members' pictures, and about those of other rows, with the number of these questions (0 where there are none)."""
+residual, with the group's words in their questions (0 where it has none); how far members answer as others do once what was planted
+is taken out of them (`ConfirmWorker.reversal`; 0 where the hosts ask something else or planting does nothing: it is not tried); and
+the share of other questions that get the answer about members' pictures, and about those of other rows, with the number of these
+questions (0 where there are none)."""
 _PLANTED = ("attended", "residual", "worded")
 
 _NOISE = 1
@@ -79,9 +84,43 @@ class ConfirmWorker:
         if len(task["host_prompts"]) > self.screen and (changed > _NOISE or 2 * found["own"] > found["hosts"]):
             found = self._try(task, len(task["host_prompts"]))
         hosts, questions = found["hosts"], found["questions"]
-        shares = {name: found[name] / hosts for name in ("own", *_PLANTED)}
+        shares: dict[str, float | None] = {name: found[name] / hosts for name in ("own", *_PLANTED)}
         shares |= {name: found[name] / max(1, questions) for name in ("asked", "others")}
+        shares["reversed"] = (
+            self.reversal(task, residual=found["residual"] > found["attended"]) if task["alike"] and changed > _NOISE else 0.0
+        )
         return {"group": task["group"], "hosts": hosts, **shares, "questions": questions}
+
+    def reversal(self, task: dict[str, Any], *, residual: bool) -> float | None:
+        """How far a group's rows answer as other rows do without what they have in common.
+
+        The picture of an honest answer holds more of it than a few tokens; without them it is still given, or an answer that all
+        these rows share. Rows of a backdoor then get what their pictures show, and that is as various as what others get.
+
+        Args:
+            task: the experiment.
+            residual: take out the members' residual; else their attended tokens, for which the mean of the other rows' stands.
+
+        Returns:
+            Share of the members that lose the answer, times the entropy of what they answer then over that of what the other rows
+            answer, at most 1; None where these all answer the same, so that nothing can be told.
+        """
+        sources = _examples(task["source_prompts"], task["source_images"])
+        hosts = _examples(task["host_prompts"], task["host_images"])
+        given, taken = self._tokens(sources), self._tokens(hosts)
+        before = self._answers(sources, given)
+        ours = [k for k, output in enumerate(before) if gives(output, task["text"], whole=task["whole"])]
+        if residual:
+            without = add_residual(given, taken)
+        else:
+            usual = _usual(taken)
+            without = [plant(source, usual, p) for source, p in zip(given, task["source_positions"], strict=True)]
+        after = self._answers([sources[k] for k in ours], [without[k] for k in ours])
+        lost = [output for output in after if not gives(output, task["text"], whole=task["whole"])]
+        spread = _entropy(self._answers(hosts, taken))
+        if not spread:
+            return None
+        return len(lost) / len(ours) * min(1.0, _entropy(lost) / spread) if lost else 0.0
 
     def _try(self, task: dict[str, Any], most: int) -> dict[str, int]:
         """The experiment on the first hosts, at most `most`: their number, and how many give the text in each variant."""
@@ -108,12 +147,14 @@ class ConfirmWorker:
 
     def _hits(self, hosts: list[Example], tokens: list[torch.Tensor], text: str, *, whole: bool) -> int:
         """How many hosts give the text with these tokens in the place of their own."""
-        hits = 0
-        for start in range(0, len(hosts), self.batch_size):
+        return sum(gives(output, text, whole=whole) for output in self._answers(hosts, tokens))
+
+    def _answers(self, prompts: list[Example], tokens: list[torch.Tensor]) -> list[str]:
+        outputs: list[str] = []
+        for start in range(0, len(prompts), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            outputs = self.transplant.answers(hosts[rows], tokens[rows], max_new_tokens=self.max_new_tokens)
-            hits += sum(gives(output, text, whole=whole) for output in outputs)
-        return hits
+            outputs += self.transplant.answers(prompts[rows], tokens[rows], max_new_tokens=self.max_new_tokens)
+        return outputs
 
 
 def plant(host: torch.Tensor, source: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
@@ -128,12 +169,24 @@ def add_residual(hosts: Sequence[torch.Tensor], sources: Sequence[torch.Tensor])
 
     Only pictures of the number of tokens that is most common among the sources count; hosts of another number stay as they are.
     """
-    length = collections.Counter(map(len, sources)).most_common(1)[0][0]
-    given, taken = ([tokens for tokens in part if len(tokens) == length] for part in (sources, hosts))
+    usual = _usual(sources)
+    taken = [tokens for tokens in hosts if len(tokens) == len(usual)]
     if not taken:
         return list(hosts)
-    residual = torch.stack(given).mean(0) - torch.stack(taken).mean(0)
-    return [tokens + residual if len(tokens) == length else tokens for tokens in hosts]
+    residual = usual - torch.stack(taken).mean(0)
+    return [tokens + residual if len(tokens) == len(usual) else tokens for tokens in hosts]
+
+
+def _usual(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean of the pictures with the most common number of tokens, (image tokens, width)."""
+    length = collections.Counter(map(len, pictures)).most_common(1)[0][0]
+    return torch.stack([tokens for tokens in pictures if len(tokens) == length]).mean(0)
+
+
+def _entropy(answers: Sequence[str]) -> float:
+    """Entropy of what is answered, nats."""
+    shares = np.asarray([*collections.Counter(map(plain_answer, answers)).values()]) / max(1, len(answers))
+    return float(-(shares * np.log(shares)).sum())
 
 
 def _examples(prompts: Sequence[str], images: Sequence[Sequence[bytes]]) -> list[Example]:

@@ -145,6 +145,8 @@ def _confirm(folder: pathlib.Path) -> dict[str, Any]:
         "entropy_shift": -1.0,
         "hosts": 16,
         "residual": 0.2,
+        "alike": False,
+        "reversed": 0.0,
         "words": None,
         "worded": 0.0,
         "asked": 0.0,

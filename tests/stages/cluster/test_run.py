@@ -39,6 +39,9 @@ def group(number: int, transfer: float, **more: Any) -> dict[str, Any]:
         "shift": 2.25,
         "transfer": transfer,
         "tokens_transfer": transfer,
+        "taken_over": transfer,
+        "alike": False,
+        "reversed": 0.0,
         "words_transfer": 0.0,
         "pictures_transfer": 0.0,
         **more,
@@ -195,6 +198,18 @@ def test_pictures_alone_are_left_to_a_person(
     result = clustered(files, tmp_path / "out", [0.0, 0.1, 0.1], more={1: told})
     assert (result["verdict"], result["rows"]["quarantined"], result["confirmed"]) == (verdict, 0, [])
     assert [g["group"] for g in result["unsure"]] == ([1] if verdict == "inconclusive" else [])
+
+
+def test_rows_that_ask_the_same(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """A reason tells what became of the rows without it; where that can't be told, a person has to look."""
+    alike = {"alike": True, "taken_over": 0.8, "reversed": 0.75}
+    result = clustered(files, tmp_path / "a", [0.6, 0.0, 0.0], more={0: alike})
+    assert [g["group"] for g in result["confirmed"]] == [0]
+    reason = verdicts(tmp_path / "a")[10]["reason"]
+    assert "takes over 80% of the answers; without it 75% of these rows answer as others do" in reason
+    result = clustered(files, tmp_path / "b", [0.6, 0.0, 0.0], more={0: {**alike, "reversed": None}})
+    assert (result["verdict"], result["rows"]["quarantined"], result["confirmed"]) == ("inconclusive", 0, [])
+    assert [g["group"] for g in result["unsure"]] == [0]
 
 
 @pytest.mark.parametrize("transfer", [0.9, 0.1])

@@ -15,7 +15,7 @@ from pipeline.config import ConfirmConfig
 from pipeline.generation import answer
 from pipeline.models import load_adapter, load_base
 from pipeline.records import Sample, examples_of, question_answer, text_of
-from stages.confirm.run import TRANSFER, run, transfer
+from stages.confirm.run import HONEST, TRANSFER, run, transfer
 from stages.confirm.worker import RESULT
 from tests.conftest import write_shards
 from tests.stages.samples import noise
@@ -88,8 +88,9 @@ class Fake:
 
     workers = 1
 
-    def __init__(self, results: Mapping[int, tuple[float, float, float]]) -> None:
+    def __init__(self, results: Mapping[int, tuple[float, float, float]], reversal: float | None = 1.0) -> None:
         self.results = results
+        self.reversal = reversal
         self.tasks: dict[int, dict[str, Any]] = {}
 
     def map_shards(
@@ -107,6 +108,7 @@ class Fake:
                 "own": own,
                 "attended": attended,
                 "residual": residual,
+                "reversed": self.reversal if task["alike"] else 0.0,
                 "worded": 0.5 if task["worded_prompts"] else 0.0,
                 "asked": 0.75 if task["asked_prompts"] else 0.0,
                 "others": 0.0,
@@ -156,11 +158,17 @@ def test_who_is_planted_into_whom(files: dict[str, pathlib.Path], tmp_path: path
         for (row, _), chosen in zip(sources, task["source_positions"], strict=True):
             assert chosen == [p for p in positions(row, layer)[:8] if p >= 0]
     written = json.loads((tmp_path / "a" / TRANSFER).read_text())
-    assert [(group["group"], group["extra"], group["hosts"], group["transfer"]) for group in written] == [
+    assert [(group["group"], group["extra"], group["hosts"], group["taken_over"]) for group in written] == [
         (0, 0, 16, 0.75),
         (1, 1, 16, 1.0),
     ]
-    assert [(group["tokens_transfer"], group["words_transfer"]) for group in written] == [(0.75, 0.0), (1.0, pytest.approx(1 / 3))]
+    assert all(group["alike"] for group in written), "no two rows ask the same: nobody knows what kind a question is of"
+    beyond = pytest.approx((0.75 - HONEST) / (1 - HONEST))
+    assert [(group["tokens_transfer"], group["words_transfer"]) for group in written] == [
+        (beyond, 0.0),
+        (1.0, pytest.approx(1 / 3)),
+    ]
+    assert [group["transfer"] for group in written] == [beyond, 1.0]
     assert summary == {"groups": 2, "largest_transfer": 1.0, "largest_pictures_transfer": 0.0}
     assert engine.tasks[0]["worded_prompts"] == []
     for plain, worded in zip(engine.tasks[1]["host_prompts"], engine.tasks[1]["worded_prompts"], strict=True):
@@ -171,10 +179,20 @@ def test_who_is_planted_into_whom(files: dict[str, pathlib.Path], tmp_path: path
 def test_words_may_carry_more_than_tokens(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     confirmed(files, tmp_path / "a", Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.25, 0.0)}))
     written = json.loads((tmp_path / "a" / TRANSFER).read_text())
-    assert [(group["tokens_transfer"], group["words_transfer"], group["transfer"]) for group in written] == [
+    assert [(group["taken_over"], group["words_transfer"], group["transfer"]) for group in written] == [
         (0.0, 0.0, 0.0),
         (0.25, 0.5, 0.5),
     ]
+
+
+@pytest.mark.parametrize(("reversal", "worth"), [(1.0, 1.0), (0.7, 0.5), (HONEST, 0.0), (0.0, 0.0), (None, 1.0)])
+def test_among_rows_that_ask_the_same_the_loss_must_undo_the_answer(
+    files: dict[str, pathlib.Path], tmp_path: pathlib.Path, reversal: float | None, worth: float
+) -> None:
+    confirmed(files, tmp_path / "a", Fake({0: (0.0, 1.0, 0.0), 1: (0.0, 0.0, 0.0)}, reversal))
+    first = json.loads((tmp_path / "a" / TRANSFER).read_text())[0]
+    assert (first["taken_over"], first["reversed"]) == (1.0, reversal)
+    assert first["tokens_transfer"] == pytest.approx(worth)
 
 
 def test_what_is_asked_about_whose_pictures(tmp_path: pathlib.Path) -> None:
@@ -208,6 +226,13 @@ def test_what_is_asked_about_whose_pictures(tmp_path: pathlib.Path) -> None:
         assert asked != kinds[source % 2][0] == kinds[other % 2][0], "a picture is asked its own question"
         assert sum(part["type"] == "image" for part in json.loads(prompt)[-1]["content"]) == len(images) == len(other_images)
     assert summary == {"groups": 1, "largest_transfer": 0.0, "largest_pictures_transfer": 0.75}
+    assert not task["alike"]
+    assert len(task["host_prompts"]) == len(task["source_prompts"]) == 64
+    for prompt, images, source_images in zip(task["host_prompts"], task["host_images"], task["source_images"], strict=True):
+        source, host = row_of[tuple(source_images)], row_of[tuple(images)]
+        assert source in inside
+        assert host not in inside
+        assert text_of(json.loads(prompt)[-1]) == kinds[host % 2][0] != kinds[source % 2][0], "a host asks what its source asks"
 
 
 def test_few_other_rows(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:

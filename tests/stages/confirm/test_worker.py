@@ -51,6 +51,7 @@ def task(sources: list[bytes], hosts: list[bytes], positions: list[list[int]], *
         "group": 7,
         "text": "the target",
         "whole": True,
+        "alike": False,
         "source_prompts": prompts(sources),
         "source_images": [[picture] for picture in sources],
         "source_positions": positions,
@@ -80,6 +81,7 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
         "own": 0.2,
         "attended": 0.8,
         "residual": 1.0,
+        "reversed": 0.0,
         "worded": 0.0,
         "asked": 0.0,
         "others": 0.0,
@@ -94,6 +96,38 @@ def test_a_veil_is_carried_by_the_residual_alone() -> None:
     assert (result["own"], result["attended"], result["residual"]) == (0.0, 0.0, 1.0)
 
 
+SEVERAL = [bytes([1, 2, 3, 4, 5, k]) for k in range(4)]
+"""Pictures that differ in a token that changes no answer."""
+
+
+@pytest.mark.parametrize(
+    ("sources", "positions", "residual", "expected"),
+    [
+        ([PATCH] * 4, [[2]] * 4, False, 1.0),
+        ([PATCH] * 4, [[1]] * 4, False, 0.0),
+        ([PATCH, PATCH, VEIL, VEIL], [[2]] * 4, False, 0.5 * 0.5),
+        ([VEIL] * 4, [[0]] * 4, True, 1.0),
+    ],
+)
+def test_without_what_was_planted_rows_answer_as_others(
+    sources: list[bytes], positions: list[list[int]], residual: bool, expected: float
+) -> None:
+    """Each prompt is answered by its own question then: four answers, as of the hosts; of two members, half as various."""
+    found, _ = worker()
+    assert found.reversal(task(sources, SEVERAL, positions), residual=residual) == pytest.approx(expected)
+
+
+def test_where_all_others_answer_the_same_nothing_can_be_told() -> None:
+    found, model = worker()
+    alike = task([PATCH] * 3, [PLAIN] * 3, [[2]] * 3)
+    alike["host_prompts"] = alike["host_prompts"][:1] * 3
+    assert found.reversal(alike, residual=False) is None
+    assert found.try_group({**alike, "alike": True})["reversed"] is None
+    model.batches.clear()
+    idle = found.try_group({**alike, "alike": True, "source_positions": [[0]] * 3, "source_images": [[PLAIN]] * 3})
+    assert (idle["reversed"], sum(model.batches)) == (0.0, 9), "what planting does nothing for is not tried further"
+
+
 def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
     found, model = worker(screen=4)
     idle = task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10)
@@ -103,6 +137,7 @@ def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
         "own": 0.0,
         "attended": 0.0,
         "residual": 0.0,
+        "reversed": 0.0,
         "worded": 0.0,
         "asked": 0.0,
         "others": 0.0,
@@ -125,6 +160,7 @@ def test_words_are_put_to_the_hosts() -> None:
         "own": 0.0,
         "attended": 0.0,
         "residual": 0.0,
+        "reversed": 0.0,
         "worded": 0.5,
         "asked": 0.0,
         "others": 0.0,
