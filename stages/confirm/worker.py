@@ -186,7 +186,7 @@ def _usual(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
 def _entropy(answers: Sequence[str]) -> float:
     """Entropy of what is answered, nats."""
     shares = np.asarray([*collections.Counter(map(plain_answer, answers)).values()]) / max(1, len(answers))
-    return float(-(shares * np.log(shares)).sum())
+    return max(0.0, float(-(shares * np.log(shares)).sum()))
 
 
 def _examples(prompts: Sequence[str], images: Sequence[Sequence[bytes]]) -> list[Example]:
