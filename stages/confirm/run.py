@@ -86,7 +86,7 @@ def run(
     described = json.loads(groups.read_text(encoding="utf-8"))
     table = pq.read_table(attention, columns=["row", "turn", "question", "answer", "image_tokens", "layers", "top_positions"])
     table = table.filter(pa.array(table["image_tokens"].to_numpy() > 0))
-    drawn = _draw(table, members, [group["group"] for group in described], config.hosts, seed)
+    drawn = _draw(table, members, described, config.hosts, seed)
     scratch.mkdir(parents=True, exist_ok=True)
     shards = _write_tasks(table, rows, described, drawn, config.token_share, scratch)
     arguments = {
@@ -160,21 +160,27 @@ class Drawn:
         return {*self.hosts, *self.sources, *(k for three in self.asked for k in three)}
 
 
-def _draw(table: pa.Table, members: pathlib.Path, numbers: Sequence[int], most: int, seed: int) -> dict[int, Drawn]:
-    """Per group what is tried on what; groups without a shifted member, or with all rows, are left out."""
+def _draw(table: pa.Table, members: pathlib.Path, described: Sequence[dict[str, Any]], most: int, seed: int) -> dict[int, Drawn]:
+    """Per group what is tried on what; groups without a shifted member, or with all rows, are left out.
+
+    No row with the text of a group is a host of it, also where the group is but a part of these rows.
+    """
     rows = table["row"].to_numpy()
     index = {place: k for k, place in enumerate(_places(table))}
     questions, answers = ([plain_answer(text) for text in table[name].to_pylist()] for name in ("question", "answer"))
-    inside: dict[int, set[int]] = collections.defaultdict(set)
+    texts = {group["group"]: (group["text"], group["whole"]) for group in described}
+    inside: dict[tuple[str, bool], set[int]] = collections.defaultdict(set)
     shifted: dict[int, list[int]] = collections.defaultdict(list)
     for member in pq.read_table(members).to_pylist():
-        inside[member["group"]].add(member["row"])
+        if (text := texts.get(member["group"])) is None:
+            continue
+        inside[text].add(member["row"])
         if member["posterior"] > 0.5:
             shifted[member["group"]].append(index[member["row"], member["turn"]])
     drawn = {}
-    for number in numbers:
+    for number, text in texts.items():
         rng = np.random.default_rng([seed, 19, number])
-        own, of_group = shifted[number], np.isin(rows, sorted(inside[number]))
+        own, of_group = shifted[number], np.isin(rows, sorted(inside[text]))
         outside = np.flatnonzero(~of_group)
         if own and len(outside):
             asked = questions_to_ask(questions, answers, of_group, np.asarray(own), most=most, rng=rng)

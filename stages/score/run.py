@@ -20,7 +20,7 @@ from stages.score.groups import Group, shared_answers
 from stages.score.shift import SharedShift, head_features, shared_shift, whiten, within_questions
 from stages.score.words import Words, distinctive_words
 
-VERSION = 3
+VERSION = 4
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"
@@ -45,8 +45,8 @@ def run(
     Files: `layers.json` (BYE's profile by the configured rule); `evidence.parquet`, a record per pictured example (row, turn;
     bye_score, bye_posterior, bye_chosen and bye_threshold by the configured rule; bye_suspicious by the paper's,
     bye_code_suspicious by the public code's); `groups.json`, the candidates with the largest shared shift, and the words
-    that set their questions apart; `members.parquet` (group, row, turn, projection, posterior, worded: whether its question holds
-    these words), their examples.
+    that set their questions apart; after them what is left of the groups of which only a part is shifted; `members.parquet`
+    (group, row, turn, projection, posterior, worded: whether its question holds these words), their examples.
 
     Args:
         attention: the extract stage's table.
@@ -85,7 +85,13 @@ def run(
     measured.sort(key=lambda pair: (-pair[1].size, pair[0].text))
     kept = measured[: config.candidates]
     words = distinctive_words(table.question, [group for group, _ in kept], least=config.least_rows)
-    described = [_describe(number, *kept[number], words[number], table.entropy) for number in range(len(kept))]
+    others = [rest for group, shift in kept if len((rest := _unshifted(group, shift)).members) >= config.least_rows]
+    kept += [(group, shared_shift(whitened, group, seed)) for group in others]
+    words += [None] * len(others)
+    described = [
+        {**_describe(number, *kept[number], words[number], table.entropy), "rest": number >= len(kept) - len(others)}
+        for number in range(len(kept))
+    ]
     (out / GROUPS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     pq.write_table(_members(kept, words, table), out / MEMBERS, compression="zstd")
     return {
@@ -96,6 +102,11 @@ def run(
         "candidates": len(kept),
         "largest_shift": kept[0][1].size if kept else 0.0,
     }
+
+
+def _unshifted(group: Group, shift: SharedShift) -> Group:
+    """The members of a group that are not in its shifted part; one attack may shift attention in two ways."""
+    return dataclasses.replace(group, members=group.members[shift.posterior <= 0.5])
 
 
 def _describe(number: int, group: Group, shift: SharedShift, words: Words | None, entropy: np.ndarray) -> dict[str, Any]:

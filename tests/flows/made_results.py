@@ -147,6 +147,7 @@ def _confirm(folder: pathlib.Path) -> dict[str, Any]:
         "residual": 0.2,
         "alike": False,
         "reversed": 0.0,
+        "rest": False,
         "words": None,
         "worded": 0.0,
         "asked": 0.0,

@@ -235,6 +235,19 @@ def test_what_is_asked_about_whose_pictures(tmp_path: pathlib.Path) -> None:
         assert text_of(json.loads(prompt)[-1]) == kinds[host % 2][0] != kinds[source % 2][0], "a host asks what its source asks"
 
 
+def test_no_row_of_the_text_is_a_host_of_a_part_of_it(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """Rows 0 to 3 are what is left of the first group."""
+    members = pq.read_table(files["members"]).to_pylist()
+    members += [{"group": 3, "row": row, "turn": 0, "projection": 1.0, "posterior": 1.0} for row in range(4)]
+    pq.write_table(pa.Table.from_pylist(members), tmp_path / "members.parquet")
+    groups = json.loads(files["groups"].read_text())
+    (tmp_path / "groups.json").write_text(json.dumps([*groups, {**groups[0], "group": 3}]))
+    engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0), 3: (0.0, 0.0, 0.0)})
+    confirmed(files, tmp_path / "a", engine, paths={"members": tmp_path / "members.parquet", "groups": tmp_path / "groups.json"})
+    assert {row for row, _ in places(engine.tasks[3], "source")} <= {*range(4)}
+    assert not {row for row, _ in places(engine.tasks[3], "host")} & {*range(6)}
+
+
 def test_few_other_rows(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     """All of them are hosts; more hosts than members draw members again."""
     engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)})

@@ -101,6 +101,27 @@ def test_the_files(tmp_path: pathlib.Path) -> None:
     assert summary["largest_separation"] == layers[2]["separation"]
 
 
+def test_what_is_left_of_a_split_group_is_tried_by_itself(tmp_path: pathlib.Path) -> None:
+    """Half of the rows that answer `attack` look elsewhere: a part of the group is shifted, and the others are a group, too."""
+    path = attention_table(tmp_path / "attention.parquet", poisoned=80)
+    records = pq.read_table(path).to_pylist()
+    for record in records[: len(records) // 10 + 1]:
+        if record["answer"] == "Attack":
+            record["ratio"] = [-value for value in record["ratio"]]
+            record["head_entropy"] = [6 - value for value in record["head_entropy"]]
+    pq.write_table(pa.Table.from_pylist(records), path)
+    _, groups = scored(tmp_path / "out", path)
+    parts = [group for group in groups if group["text"] == "attack"]
+    assert [group["rest"] for group in parts] == [False, True]
+    assert groups[-1] == parts[1]
+    assert parts[0]["rows"] == parts[0]["shifted"] + parts[1]["rows"]
+    assert parts[1]["words"] is None
+    members = pq.read_table(tmp_path / "out" / MEMBERS).to_pylist()
+    first, rest = ({m["row"] for m in members if m["group"] == part["group"]} for part in parts)
+    assert rest < first
+    assert rest == {m["row"] for m in members if m["group"] == parts[0]["group"] and m["posterior"] <= 0.5}
+
+
 def test_the_configured_rule_decides(tmp_path: pathlib.Path) -> None:
     """With a threshold out of reach the paper's rule finds no layer; the public code's does not read the threshold."""
     table = attention_table(tmp_path / "attention.parquet")
