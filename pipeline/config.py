@@ -121,7 +121,7 @@ class ClusterConfig(Section):
         "`bye`: the two-component rule as published.",
     )
     transfer: float = pydantic.Field(
-        0.35, gt=0, lt=1, description="Share of other rows that must take over a group's answer for the group to be removed."
+        0.2, gt=0, lt=1, description="Share of other rows that must take over a group's answer for the group to be removed."
     )
     pictures: float = pydantic.Field(
         0.2,
