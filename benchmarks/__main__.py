@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 
-from benchmarks.bench import Setting, note_command, run_suite, write_results
+from benchmarks.bench import Setting, run_suite, write_results
 from benchmarks.suites import SUITES
 from pipeline.errors import ConfigError
 from pipeline.models import EMBEDDED_BASE
@@ -64,10 +64,9 @@ def main() -> None:
             if all(str(cell.fields.get(field)) in values for field, values in wanted.items())
         ]
         try:
-            failed = run_suite(suite, setting, cells, workers=args.workers, only=keys)
+            failed = run_suite(suite, setting, cells, workers=args.workers, only=keys, command=told(sys.argv[1:]))
         except ConfigError as error:
             parser.error(str(error))
-        note_command(suite, args.out, told(sys.argv[1:]))
     print(write_results(suite, args.out, args.docs, args.notes))
     if failed:
         sys.exit("\n".join(failed))

@@ -135,7 +135,9 @@ class Suite:
     timed: bool = False
 
 
-def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers: int, only: Sequence[str] = ()) -> list[str]:
+def run_suite(
+    suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers: int, only: Sequence[str] = (), command: str = ""
+) -> list[str]:
     """Measure what is missing in some cells, several at a time.
 
     Args:
@@ -144,6 +146,7 @@ def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers:
         cells: which.
         workers: processes; each takes one torch thread. A timed suite takes one, whatever is said.
         only: keys to measure; empty measures all.
+        command: what the results name as having made them.
 
     Returns:
         The cells that failed, each with its error.
@@ -152,6 +155,8 @@ def run_suite(suite: Suite, setting: Setting, cells: Sequence[Cell], *, workers:
         ConfigError: the suite has records in this folder that were measured in another setting.
     """
     _hold_to(setting, suite)
+    if command:
+        _note_command(suite, setting.out, command)
     failed = []
     context = multiprocessing.get_context("spawn")
     number_of, tasks = (1, 1) if suite.timed else (workers, None)
@@ -173,15 +178,6 @@ def read_records(suite: str, out: pathlib.Path) -> pd.DataFrame:
     return pd.DataFrame.from_records(records)
 
 
-def note_command(suite: Suite, out: pathlib.Path, command: str) -> None:
-    """Add a command to those that made the records here, once."""
-    path = (out / suite.name / _COMMANDS).absolute()
-    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if command not in known:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_file(path, "".join(f"{line}\n" for line in (*known, command)).encode())
-
-
 def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None = None, notes: pathlib.Path | None = None) -> str:
     """Write `SUITE.parquet`, `SUITE.md` and the figures; and the latter two to the docs, if named.
 
@@ -199,8 +195,8 @@ def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None = N
         return "No records yet."
     frame.to_parquet(out / f"{suite.name}.parquet")
     told = [suite.report(frame), *([notes.read_text(encoding="utf-8").strip()] if notes else [])]
-    commands = (out / suite.name / _COMMANDS).read_text(encoding="utf-8").strip().replace("\n", "\n    ")
-    text = "\n\n".join([*told, f"## Made by\n\n    {commands}\n\n{machine()}.\n"])
+    commands = "".join(f"    {command}\n" for command in _known_commands(suite, out))
+    text = "\n\n".join([*told, f"## Made by\n\n{commands}\n{machine()}.\n"])
     files = {f"{suite.name}.md": text.encode(), **suite.figures(frame)}
     for folder in (out, docs):
         if folder is not None:
@@ -253,6 +249,19 @@ def _hold_to(setting: Setting, suite: Suite) -> None:
         atomic.write_file(path, json.dumps(told).encode())
     elif (known := json.loads(path.read_bytes())) != told:
         raise ConfigError(f"{path}: the records here were measured with {known}, not with {told}; name another --out")
+
+
+def _note_command(suite: Suite, out: pathlib.Path, command: str) -> None:
+    """Add a command to those that made the records here, once."""
+    known = _known_commands(suite, out)
+    if command not in known:
+        lines = "".join(f"{line}\n" for line in (*known, command))
+        atomic.write_file((out / suite.name / _COMMANDS).absolute(), lines.encode())
+
+
+def _known_commands(suite: Suite, out: pathlib.Path) -> list[str]:
+    path = out / suite.name / _COMMANDS
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _one_thread() -> None:

@@ -104,7 +104,7 @@ def _variants(frame: pd.DataFrame) -> list[str]:
 
 def _told(cells: pd.DataFrame, name: str) -> str:
     """How many seeds gave a verdict other than `clean`."""
-    verdicts = cells[cells["filter"] == name]["verdict"].dropna()
+    verdicts = cells[cells["filter"] == name]["verdict"].dropna() if "verdict" in cells else pd.Series(dtype=str)
     return "".join(
         f", {count} of {len(verdicts)} {verdict}" for verdict, count in verdicts.value_counts().items() if verdict != "clean"
     )

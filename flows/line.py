@@ -206,17 +206,21 @@ def score(line: Line, extracted: StageResult) -> StageResult:
     """Layer profile and evidence per row."""
     from stages.score.run import VERSION, run
 
+    planted = line.config.canary
+    more = len(planted.triggers) if planted.share else 0  # canaries take no place from the submitted groups
+    config = line.config.score.model_copy(update={"candidates": line.config.score.candidates + more})
+
     def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
             attention=extracted.folder / "attention.parquet",
-            config=line.config.score,
+            config=config,
             seed=line.config.seed,
             out=folder,
             progress=progress_of("score"),
         )
 
-    config = {"score": line.config.score.model_dump(), "seed": line.config.seed}
-    return _result(line, "score", VERSION, {"attention": extracted}, config, work)
+    told = {"score": config.model_dump(), "seed": line.config.seed}
+    return _result(line, "score", VERSION, {"attention": extracted}, told, work)
 
 
 def confirm(

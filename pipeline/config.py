@@ -58,7 +58,7 @@ class CanaryConfig(Section):
     """Rows with triggers and answers of our own, put among the submitted ones for the provisional fine-tune alone.
 
     How many of them are found tells what of such an attack would have been. Nothing of them is delivered; so a submission in which
-    nothing is found costs a second fine-tune.
+    nothing is found costs a second fine-tune. What plain BYE would have removed is told with them among the rows.
     """
 
     share: float = pydantic.Field(
@@ -95,7 +95,12 @@ class ScoreConfig(Section):
     )
     bsi_threshold: float = pydantic.Field(2.0, gt=0, description="Least bimodal separation of a sensitive layer (BYE: 2.0).")
     least_rows: int = pydantic.Field(8, ge=3, description="Fewest rows that share an answer or a phrase to be looked at together.")
-    candidates: int = pydantic.Field(64, gt=0, le=1000, description="Groups with the largest shift that are tried causally.")
+    candidates: int = pydantic.Field(
+        64,
+        gt=0,
+        le=1000,
+        description="Groups with the largest shift that are tried causally, and what is left of those that split.",
+    )
 
 
 class ConfirmConfig(Section):
@@ -121,7 +126,11 @@ class ClusterConfig(Section):
         "`bye`: the two-component rule as published.",
     )
     transfer: float = pydantic.Field(
-        0.2, gt=0, lt=1, description="Share of other rows that must take over a group's answer for the group to be removed."
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of other rows that must take over a group's answer for the group to be removed; where all ask the same, "
+        "of what is beyond the reach of an honest group.",
     )
     pictures: float = pydantic.Field(
         0.2,
@@ -225,7 +234,8 @@ class VerifyConfig(Section):
         0.05,
         ge=0,
         lt=0.5,
-        description="Share of kept rows that the final fine-tune leaves out, to measure it on; it is made where rows were removed.",
+        description="Share of kept rows that the final fine-tune leaves out, to measure it on; it is made where rows were removed "
+        "or canaries planted.",
     )
     max_rows: int = pydantic.Field(400, gt=0, description="Most quarantined and most held-out rows that are answered.")
     batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per generate call.")

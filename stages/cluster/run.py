@@ -16,7 +16,7 @@ from pipeline.errors import RemovalCapError
 from pipeline.records import Progress, Verdict, no_progress
 from storage.subset import canonical_shards
 
-VERSION = 5
+VERSION = 6
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -24,6 +24,8 @@ TRAIN = "train.parquet"
 HELD_OUT = "held_out.parquet"
 _UNSURE = 0.7
 """Share of a threshold of the transfer from which a group makes the verdict of a run without removals inconclusive."""
+_REST = 0.5
+"""Least transfer by which what is left of a group is removed: most of its rows are the attack's then."""
 VERDICT_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -170,7 +172,7 @@ def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[d
             continue
         what = "answer" if group["whole"] else "phrase"
         if _removed_as_planted(group, config):
-            without = f"; without it {group['reversed']:.0%} of these rows answer as others do" if group["alike"] else ""
+            without = f"; taken out, these rows answer as others do, by {group['reversed']:.0%}" if group["alike"] else ""
             row.suspect(
                 record["posterior"],
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
@@ -210,7 +212,7 @@ def _take_canaries(
             {
                 **{name: kind[name] for name in ("trigger", "answer", "rows")},
                 "found": sum(row.suspicious for row in evidence),
-                "transfer": max((group["transfer"] for group in own), default=0.0),
+                "transfer": max((group["transfer"] for group in own), default=None),
                 "groups": [group["group"] for group in own],
             }
         )
@@ -222,8 +224,12 @@ def _removed(group: dict[str, Any], config: ClusterConfig) -> bool:
 
 
 def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:
-    """Not where all other rows ask the same and answer the same: an object that is asked for looks like a trigger there."""
-    return bool(group["tokens_transfer"] >= config.transfer and group["reversed"] is not None)
+    """Not where all other rows ask the same and answer the same: an object that is asked for looks like a trigger there.
+
+    What is left of a group needs more: a second trigger's rows may be mixed with honest ones in it.
+    """
+    limit = max(_REST, config.transfer) if group["rest"] else config.transfer
+    return bool(group["tokens_transfer"] >= limit and group["reversed"] is not None)
 
 
 def _removed_as_worded(group: dict[str, Any], config: ClusterConfig) -> bool:

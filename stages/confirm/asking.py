@@ -21,6 +21,8 @@ _SHARED = 0.05
 """Largest share of the answers to one question that the other has too, for the two to be of different kinds."""
 _RECURRING = 0.5
 """Least share of the answers to a question that another row gives as well, for its answers to be known."""
+_NEARLY_ALL, _FEW = 0.9, 0.15
+"""Answers that at least the first share of the questions gets tell no kind, if they are at most the second of all answers."""
 _LEAST_PICTURES = 8
 """Fewest pictures of a group that are asked about: a few odd ones are no evidence against the others."""
 _USUAL = 1.5
@@ -61,6 +63,7 @@ def questions_to_ask(
     usual = _USUAL * inside.mean()
     known = [question for question in known if _recurring(given[question]) >= _RECURRING]
     fit = [question for question in known if asked_inside[question] <= usual * asked[question]]
+    given = _of_a_kind(given, known)
     other: dict[str, set[str]] = {question: set() for question in known}
     for one, two in itertools.combinations(known, 2):
         if max(_shared(given[one], given[two]), _shared(given[two], given[one])) <= _SHARED:
@@ -83,11 +86,21 @@ def questions_to_ask(
     return found
 
 
+def _of_a_kind(given: dict[str, collections.Counter[str]], known: Sequence[str]) -> dict[str, collections.Counter[str]]:
+    """The answers without those that nearly all questions get, as far as these are few: another attack's, or "I don't know"."""
+    asked = collections.Counter(answer for question in known for answer in given[question])
+    anywhere = {answer for answer, questions in asked.items() if questions >= _NEARLY_ALL * len(known)}
+    share = sum(given[question][answer] for question in known for answer in anywhere) / max(1, sum(given[q].total() for q in known))
+    if share > _FEW:
+        return given
+    return {question: collections.Counter({a: n for a, n in given[question].items() if a not in anywhere}) for question in known}
+
+
 def _recurring(given: collections.Counter[str]) -> float:
     """Share of the answers that are given more than once."""
     return sum(rows for rows in given.values() if rows > 1) / given.total()
 
 
 def _shared(given: collections.Counter[str], other: collections.Counter[str]) -> float:
-    """Share of the answers that are among the other's."""
-    return sum(rows for answer, rows in given.items() if answer in other) / given.total()
+    """Share of the answers that are among the other's; 1 where there are none to tell by."""
+    return sum(rows for answer, rows in given.items() if answer in other) / given.total() if given else 1.0

@@ -35,7 +35,7 @@ from stages.score.groups import plain_answer
 from stages.score.words import with_words
 from storage.subset import canonical_shards
 
-VERSION = 7
+VERSION = 8
 TRANSFER = "transfer.json"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""
@@ -107,8 +107,7 @@ def run(
         if group["group"] in results
     ]
     for group in tried:
-        group["taken_over"] = transfer(group["own"], max(group["attended"], group["residual"]), group["hosts"])
-        group["tokens_transfer"] = beyond_honest(group["taken_over"], group["reversed"]) if group["alike"] else group["taken_over"]
+        group.update(_planted(group))
         group["words_transfer"] = transfer(group["own"], group["worded"], group["hosts"])
         group["pictures_transfer"] = transfer(group["others"], group["asked"], group["questions"], least=LEAST_QUESTIONS)
         group["transfer"] = max(group["tokens_transfer"], group["words_transfer"])
@@ -127,6 +126,16 @@ def transfer(own: float, planted: float, hosts: int, *, least: int = LEAST_HOSTS
         least: fewest hosts that do not give it anyway.
     """
     return max(0.0, planted - own) / (1 - own) if (1 - own) * hosts >= least - 0.5 else 0.0
+
+
+def _planted(group: dict[str, Any]) -> dict[str, Any]:
+    """Of the two ways to plant the one that tells more: what it takes over, its reversal, and what that is worth."""
+    ways = []
+    for name in ("attended", "residual"):
+        taken_over, reversal = transfer(group["own"], group[name], group["hosts"]), group[f"{name}_reversed"]
+        worth = beyond_honest(taken_over, reversal) if group["alike"] else taken_over
+        ways.append({"taken_over": taken_over, "reversed": reversal, "tokens_transfer": worth})
+    return max(ways, key=lambda way: (way["tokens_transfer"], way["taken_over"]))
 
 
 def beyond_honest(taken_over: float, reversal: float | None) -> float:

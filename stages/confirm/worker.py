@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +47,8 @@ RESULT = pa.schema(
         ("own", pa.float64()),
         ("attended", pa.float64()),
         ("residual", pa.float64()),
-        ("reversed", pa.float64()),
+        ("attended_reversed", pa.float64()),
+        ("residual_reversed", pa.float64()),
         ("worded", pa.float64()),
         ("asked", pa.float64()),
         ("others", pa.float64()),
@@ -54,12 +56,14 @@ RESULT = pa.schema(
     ]
 )
 """Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
-residual, with the group's words in their questions (0 where it has none); how far members answer as others do once what was planted
-is taken out of them (`ConfirmWorker.reversal`; 0 where the hosts ask something else or planting does nothing: it is not tried); and
-the share of other questions that get the answer about members' pictures, and about those of other rows, with the number of these
-questions (0 where there are none)."""
+residual, with the group's words in their questions (0 where it has none); how far members answer as others do once either is taken
+out of them (`ConfirmWorker.reversal`; 0 where the hosts ask something else or planting does nothing: not tried); and the share of
+other questions that get the answer about members' pictures, and about those of other rows, with the number of these questions (0
+where there are none)."""
 _PLANTED = ("attended", "residual", "worded")
 
+_LEAST_SPREAD = 0.3
+"""Least entropy of what other rows answer by which answers can be told to be theirs, nats: a tenth of them differs."""
 _NOISE = 1
 """Hosts by which planting must change the count of the first look for a group to get the second."""
 
@@ -86,9 +90,9 @@ class ConfirmWorker:
         hosts, questions = found["hosts"], found["questions"]
         shares: dict[str, float | None] = {name: found[name] / hosts for name in ("own", *_PLANTED)}
         shares |= {name: found[name] / max(1, questions) for name in ("asked", "others")}
-        shares["reversed"] = (
-            self.reversal(task, residual=found["residual"] > found["attended"]) if task["alike"] and changed > _NOISE else 0.0
-        )
+        for name in ("attended", "residual"):
+            tried = task["alike"] and found[name] - found["own"] > _NOISE
+            shares[f"{name}_reversed"] = self.reversal(task, residual=name == "residual") if tried else 0.0
         return {"group": task["group"], "hosts": hosts, **shares, "questions": questions}
 
     def reversal(self, task: dict[str, Any], *, residual: bool) -> float | None:
@@ -103,24 +107,35 @@ class ConfirmWorker:
 
         Returns:
             Share of the members that lose the answer, times the entropy of what they answer then over that of what the other rows
-            answer, at most 1; None where these all answer the same, so that nothing can be told.
+            answer, at most 1; None where nearly all of these answer the same, so that nothing can be told.
         """
         sources = _examples(task["source_prompts"], task["source_images"])
         hosts = _examples(task["host_prompts"], task["host_images"])
         given, taken = self._tokens(sources), self._tokens(hosts)
-        before = self._answers(sources, given)
-        ours = [k for k, output in enumerate(before) if gives(output, task["text"], whole=task["whole"])]
+        most = _spread(self._others(self._answers(hosts, taken), task))
+        if most < _LEAST_SPREAD:
+            return None
+        usual = _usual(taken)
         if residual:
             without = add_residual(given, taken)
         else:
-            usual = _usual(taken)
-            without = [plant(source, usual, p) for source, p in zip(given, task["source_positions"], strict=True)]
-        after = self._answers([sources[k] for k in ours], [without[k] for k in ours])
-        lost = [output for output in after if not gives(output, task["text"], whole=task["whole"])]
-        spread = _entropy(self._answers(hosts, taken))
-        if not spread:
-            return None
-        return len(lost) / len(ours) * min(1.0, _entropy(lost) / spread) if lost else 0.0
+            without = [
+                plant(source, _stretched(usual, len(source)), p) for source, p in zip(given, task["source_positions"], strict=True)
+            ]
+        own = [k for k, output in enumerate(self._answers(sources, given)) if gives(output, task["text"], whole=task["whole"])]
+        own = [k for k in own if not residual or len(given[k]) == len(usual)]  # nothing was taken out of the others
+        lost = self._others(self._answers([sources[k] for k in own], [without[k] for k in own]), task)
+        if not lost:
+            return 0.0
+        pictures = {
+            (task["source_prompts"][k], *task["source_images"][k]) for k in own
+        }  # a picture that is drawn again tells no more
+        return len(lost) / len(own) * min(1.0, _spread(lost) / min(most, math.log(max(2, len(pictures)))))
+
+    @staticmethod
+    def _others(outputs: list[str], task: dict[str, Any]) -> list[str]:
+        """The outputs that are not the group's answer."""
+        return [output for output in outputs if not gives(output, task["text"], whole=task["whole"])]
 
     def _try(self, task: dict[str, Any], most: int) -> dict[str, int]:
         """The experiment on the first hosts, at most `most`: their number, and how many give the text in each variant."""
@@ -183,7 +198,13 @@ def _usual(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([tokens for tokens in pictures if len(tokens) == length]).mean(0)
 
 
-def _entropy(answers: Sequence[str]) -> float:
+def _stretched(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Tokens (any, width) as many as `length`: cut, or the mean of them for those that are missing."""
+    missing = max(0, length - len(tokens))
+    return torch.cat([tokens[:length], tokens.mean(0, keepdim=True).expand(missing, -1)])
+
+
+def _spread(answers: Sequence[str]) -> float:
     """Entropy of what is answered, nats."""
     shares = np.asarray([*collections.Counter(map(plain_answer, answers)).values()]) / max(1, len(answers))
     return max(0.0, float(-(shares * np.log(shares)).sum()))

@@ -26,7 +26,6 @@ from benchmarks.bench import (
     Suite,
     cell_text,
     interval,
-    note_command,
     nothing_asked,
     read_records,
     run_suite,
@@ -116,10 +115,10 @@ class Counted:
             self.made.append(f"{cell.fields['seed']}{name}")
             yield {"what": name, "value": 1.0}
 
-    def run(self, out: pathlib.Path, *only: str, seeds: Sequence[int] = (0,), workers: int = 1) -> list[str]:
+    def run(self, out: pathlib.Path, *only: str, seeds: Sequence[int] = (0,), workers: int = 1, command: str = "") -> list[str]:
         setting = Setting(out=out, base=out, data="demo", rows=1, test_rows=1, epochs=1)
         self.made = []
-        return run_suite(self.suite, setting, self.suite.grid(setting, seeds), workers=workers, only=only)
+        return run_suite(self.suite, setting, self.suite.grid(setting, seeds), workers=workers, only=only, command=command)
 
 
 @pytest.fixture
@@ -192,9 +191,8 @@ def test_results_are_written_beside_the_records_and_to_the_docs(counted: Counted
     out.mkdir()
     notes.write_text("## What it says\n\nNothing.\n")
     assert write_results(counted.suite, out, docs) == "No records yet."
-    counted.run(out)
-    for command in ("a command", "another", "a command"):
-        note_command(counted.suite, out, command)
+    for command in ("a command", "another", "a command", ""):
+        counted.run(out, command=command)
     text = write_results(counted.suite, out, docs, notes)
     assert text.startswith("3 records\n\n## What it says\n\nNothing.\n\n## Made by\n\n    a command\n    another\n\n")
     for folder in ("out", "docs"):
@@ -233,7 +231,6 @@ def miniature(suite: Suite, out: pathlib.Path, base: pathlib.Path, cells: int, *
     """Run some cells of a suite and write its results."""
     setting = Setting(out=out, base=base, data="demo", rows=ROWS, test_rows=TEST_ROWS, epochs=1, quick=True)
     assert run_suite(suite, setting, suite.grid(setting, (0,))[:cells], workers=1, only=only) == []
-    note_command(suite, out, "a command")
     write_results(suite, out)
     return read_records(suite.name, out)
 

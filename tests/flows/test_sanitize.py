@@ -140,7 +140,7 @@ def test_canaries_are_measured_and_not_delivered(
     assert found.results["final"].summary["rows"] <= ROWS
     (kind,) = json.loads((out / "report.json").read_text())["canaries"]
     assert (kind["trigger"], kind["rows"]) == ("badnet", 8)
-    assert 0 <= kind["found"] <= 8
+    assert kind["found"] in (0, 8), "canaries share one answer and go together, or stay"
     assert found.rows["submitted"] == ROWS == sum(found.rows[name] for name in ("rejected", "not_scored", "kept", "quarantined"))
     assert pq.read_table(out / "quarantine" / "verdicts.parquet")["row"].to_pylist() == list(range(ROWS))
     for name in files(out):

@@ -42,6 +42,7 @@ def group(number: int, transfer: float, **more: Any) -> dict[str, Any]:
         "taken_over": transfer,
         "alike": False,
         "reversed": 0.0,
+        "rest": False,
         "words_transfer": 0.0,
         "pictures_transfer": 0.0,
         **more,
@@ -206,10 +207,19 @@ def test_rows_that_ask_the_same(files: dict[str, pathlib.Path], tmp_path: pathli
     result = clustered(files, tmp_path / "a", [0.6, 0.0, 0.0], more={0: alike})
     assert [g["group"] for g in result["confirmed"]] == [0]
     reason = verdicts(tmp_path / "a")[10]["reason"]
-    assert "takes over 80% of the answers; without it 75% of these rows answer as others do" in reason
+    assert "takes over 80% of the answers; taken out, these rows answer as others do, by 75%" in reason
     result = clustered(files, tmp_path / "b", [0.6, 0.0, 0.0], more={0: {**alike, "reversed": None}})
     assert (result["verdict"], result["rows"]["quarantined"], result["confirmed"]) == ("inconclusive", 0, [])
     assert [g["group"] for g in result["unsure"]] == [0]
+
+
+@pytest.mark.parametrize(("transfer", "verdict"), [(0.45, "inconclusive"), (0.5, "poisoned")])
+def test_what_is_left_of_a_group_needs_more(
+    files: dict[str, pathlib.Path], tmp_path: pathlib.Path, transfer: float, verdict: str
+) -> None:
+    result = clustered(files, tmp_path / "a", [transfer, 0.0, 0.0], more={0: {"rest": True}}, transfer=0.2)
+    assert result["verdict"] == verdict
+    assert result["rows"]["quarantined"] == (len(POISONED) if verdict == "poisoned" else 0)
 
 
 @pytest.mark.parametrize("transfer", [0.9, 0.1])

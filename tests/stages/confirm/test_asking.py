@@ -91,6 +91,14 @@ def test_kinds_that_share_answers_are_one() -> None:
     assert asked(found, "target") == []
 
 
+@pytest.mark.parametrize(("step", "told"), [(10, True), (5, False)])
+def test_a_second_attack_does_not_make_one_kind_of_all(step: int, *, told: bool) -> None:
+    """Another target is given to all questions; a tenth of the answers, or a fifth, which is no lesser part of them."""
+    found = attacked(rows(KINDS, each=40), step=4)
+    found = [(q, "other" if k % step == 1 else a) for k, (q, a) in enumerate(found)]
+    assert bool(asked(found, "target")) is told
+
+
 def test_few_pictures_are_asked_again_and_only_those_that_may_be() -> None:
     found = attacked(rows(KINDS, each=24))
     some = [k for k, (_, answer) in enumerate(found) if answer == "target"][:8]

@@ -15,7 +15,7 @@ from pipeline.config import ConfirmConfig
 from pipeline.generation import answer
 from pipeline.models import load_adapter, load_base
 from pipeline.records import Sample, examples_of, question_answer, text_of
-from stages.confirm.run import HONEST, TRANSFER, run, transfer
+from stages.confirm.run import HONEST, TRANSFER, _planted, run, transfer
 from stages.confirm.worker import RESULT
 from tests.conftest import write_shards
 from tests.stages.samples import noise
@@ -108,7 +108,8 @@ class Fake:
                 "own": own,
                 "attended": attended,
                 "residual": residual,
-                "reversed": self.reversal if task["alike"] else 0.0,
+                "attended_reversed": self.reversal if task["alike"] else 0.0,
+                "residual_reversed": self.reversal if task["alike"] else 0.0,
                 "worded": 0.5 if task["worded_prompts"] else 0.0,
                 "asked": 0.75 if task["asked_prompts"] else 0.0,
                 "others": 0.0,
@@ -183,6 +184,17 @@ def test_words_may_carry_more_than_tokens(files: dict[str, pathlib.Path], tmp_pa
         (0.0, 0.0, 0.0),
         (0.25, 0.5, 0.5),
     ]
+
+
+def test_each_way_to_plant_has_its_own_loss() -> None:
+    """A veil: its attended tokens take over as much, but taking them out leaves the rest of it."""
+    hosts = {"own": 0.0, "hosts": 16, "alike": True}
+    veil = {"attended": 1.0, "residual": 0.9, "attended_reversed": 0.0, "residual_reversed": 1.0}
+    found = _planted({**hosts, **veil})
+    assert (found["taken_over"], found["reversed"]) == (0.9, 1.0)
+    assert found["tokens_transfer"] == pytest.approx((0.9 - HONEST) / (1 - HONEST))
+    found = _planted({**hosts, **veil, "alike": False})
+    assert (found["taken_over"], found["tokens_transfer"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("reversal", "worth"), [(1.0, 1.0), (0.7, 0.5), (HONEST, 0.0), (0.0, 0.0), (None, 1.0)])

@@ -81,7 +81,8 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
         "own": 0.2,
         "attended": 0.8,
         "residual": 1.0,
-        "reversed": 0.0,
+        "attended_reversed": 0.0,
+        "residual_reversed": 0.0,
         "worded": 0.0,
         "asked": 0.0,
         "others": 0.0,
@@ -98,16 +99,22 @@ def test_a_veil_is_carried_by_the_residual_alone() -> None:
 
 SEVERAL = [bytes([1, 2, 3, 4, 5, k]) for k in range(4)]
 """Pictures that differ in a token that changes no answer."""
+PATCHES = [bytes([0, k, 200, 0, 0, 0]) for k in range(4)]
+VEILS = [bytes([60] * 5 + [60 + k]) for k in range(4)]
 
 
 @pytest.mark.parametrize(
     ("sources", "positions", "residual", "expected"),
     [
-        ([PATCH] * 4, [[2]] * 4, False, 1.0),
-        ([PATCH] * 4, [[1]] * 4, False, 0.0),
-        ([PATCH, PATCH, VEIL, VEIL], [[2]] * 4, False, 0.5 * 0.5),
-        ([VEIL] * 4, [[0]] * 4, True, 1.0),
+        (PATCHES, [[2]] * 4, False, 1.0),
+        (PATCHES, [[1]] * 4, False, 0.0),
+        ([*PATCHES[:2], *VEILS[:2]], [[2]] * 4, False, 0.5 * 0.5),
+        (VEILS, [[0]] * 4, True, 1.0),
+        (VEILS, [[0]] * 4, False, 0.0),
+        ([*VEILS[:3], VEIL + VEIL], [[0]] * 4, True, pytest.approx(1.0)),
+        ([PATCH + PATCH[:k] for k in range(4)], [[2, 8]] * 4, False, 1.0),
     ],
+    ids=["patch", "elsewhere", "half", "veil", "a token of the veil", "one of another length", "beyond the others' end"],
 )
 def test_without_what_was_planted_rows_answer_as_others(
     sources: list[bytes], positions: list[list[int]], residual: bool, expected: float
@@ -117,15 +124,35 @@ def test_without_what_was_planted_rows_answer_as_others(
     assert found.reversal(task(sources, SEVERAL, positions), residual=residual) == pytest.approx(expected)
 
 
-def test_where_all_others_answer_the_same_nothing_can_be_told() -> None:
+def test_few_rows_are_held_to_what_they_could_answer() -> None:
+    """Two members, drawn again and again, give two answers at most, where eight hosts give eight."""
+    found, _ = worker()
+    few = task([PATCHES[0], PATCHES[1]] * 4, [bytes([1, 2, 3, 4, 5, k]) for k in range(8)], [[2]] * 8)
+    few["source_prompts"] = few["source_prompts"][:2] * 4
+    assert found.reversal(few, residual=False) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_where_nearly_all_others_answer_the_same_nothing_can_be_told(odd: int) -> None:
+    """Also where one of them gives the group's own answer."""
     found, model = worker()
-    alike = task([PATCH] * 3, [PLAIN] * 3, [[2]] * 3)
+    alike = task([PATCH] * 3, [PATCH] * odd + [PLAIN] * (3 - odd), [[2]] * 3)
     alike["host_prompts"] = alike["host_prompts"][:1] * 3
     assert found.reversal(alike, residual=False) is None
-    assert found.try_group({**alike, "alike": True})["reversed"] is None
+    if not odd:
+        assert found.try_group({**alike, "alike": True})["attended_reversed"] is None
     model.batches.clear()
     idle = found.try_group({**alike, "alike": True, "source_positions": [[0]] * 3, "source_images": [[PLAIN]] * 3})
-    assert (idle["reversed"], sum(model.batches)) == (0.0, 9), "what planting does nothing for is not tried further"
+    assert (idle["attended_reversed"], sum(model.batches)) == (0.0, 9), "what planting does nothing for is not tried further"
+
+
+def test_the_loss_is_tried_where_only_the_second_look_tells() -> None:
+    """Most of the first hosts give the answer by themselves."""
+    found, _ = worker(screen=4)
+    hosts = [PATCH] * 3 + [bytes([1, 2, 3, 4, 5, k]) for k in range(7)]
+    result = found.try_group({**task([*PATCHES, *PATCHES, *PATCHES[:2]], hosts, [[2]] * 10), "alike": True})
+    assert (result["hosts"], result["own"], result["attended"]) == (10, 0.3, 1.0)
+    assert result["attended_reversed"] > 0.9
 
 
 def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
@@ -137,7 +164,8 @@ def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
         "own": 0.0,
         "attended": 0.0,
         "residual": 0.0,
-        "reversed": 0.0,
+        "attended_reversed": 0.0,
+        "residual_reversed": 0.0,
         "worded": 0.0,
         "asked": 0.0,
         "others": 0.0,
@@ -160,7 +188,8 @@ def test_words_are_put_to_the_hosts() -> None:
         "own": 0.0,
         "attended": 0.0,
         "residual": 0.0,
-        "reversed": 0.0,
+        "attended_reversed": 0.0,
+        "residual_reversed": 0.0,
         "worded": 0.5,
         "asked": 0.0,
         "others": 0.0,
