@@ -126,7 +126,7 @@ class ClusterConfig(Section):
         "`bye`: the two-component rule as published.",
     )
     transfer: float = pydantic.Field(
-        0.2,
+        0.15,
         gt=0,
         lt=1,
         description="Share of other rows that must take over a group's answer for the group to be removed; where all ask the same, "

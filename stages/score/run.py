@@ -20,7 +20,7 @@ from stages.score.groups import Group, shared_answers
 from stages.score.shift import SharedShift, head_features, shared_shift, whiten, within_questions
 from stages.score.words import Words, distinctive_words
 
-VERSION = 4
+VERSION = 5
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"

@@ -22,6 +22,8 @@ _CLIP = 6.0
 """Robust deviations beyond which a feature counts no further."""
 _QUESTION_ROWS = 20
 """Rows from which a question has a reference of its own."""
+_LEAST_WITHIN = 0.01
+"""Least share of the variance along a shift that is taken to be within the group and the others."""
 _SPLIT_SEPARATION = 2.0
 """Bimodal separation (BYE's index) from which a group is two groups: rows of an attack, and honest rows with the same answer."""
 
@@ -82,7 +84,7 @@ class SharedShift:
     """A group's shift.
 
     Attributes:
-        size: norm of the mean difference to all other examples, in whitened standard deviations, corrected for the sizes of both.
+        size: norm of the mean difference to all other examples, in standard deviations within both, corrected for their sizes.
         projection: float (members,), each member on the shift of the other members, in whitened standard deviations.
         posterior: float (members,), probability that a member belongs to the shifted part of its group; it rises with the
             projection.
@@ -107,7 +109,9 @@ def shared_shift(whitened: np.ndarray, group: Group, seed: int) -> SharedShift:
     rest = -total / others
     mean = total / count
     noise = rows.var(axis=0, ddof=1).sum() * (1 / count + 1 / others)
-    size = float(np.sqrt(max(0.0, np.square(mean - rest).sum() - noise)))
+    whole = max(0.0, np.square(mean - rest).sum() - noise)
+    share = count * others / len(whitened) ** 2  # what was whitened holds the shift itself: of half of the rows it can't be above 2
+    size = float(np.sqrt(whole / max(_LEAST_WITHIN, 1 - share * whole)))
     shift = (total - rows) / (count - 1) - rest
     projection = np.einsum("ij,ij->i", rows - rest, shift) / np.maximum(np.linalg.norm(shift, axis=1), 1e-9)
     fit = two_components(projection, seed)

@@ -65,15 +65,18 @@ def test_without_an_attack_a_group_of_strangers_has_no_shift() -> None:
         assert np.mean(squares) < 0.35 * 64 * (1 / count + 1 / (600 - count)), count
 
 
-def test_the_size_is_that_of_the_shift() -> None:
+@pytest.mark.parametrize("count", [40, 400, 2000])
+def test_the_size_is_that_of_the_shift(count: int) -> None:
+    """Also of half of the rows, where the shift is most of the variance that was whitened."""
     rng = np.random.default_rng(3)
     values = rng.normal(size=(4000, 10))
-    values[:400, 0] += 5
-    values -= values.mean(axis=0)
-    found = shared_shift(values, Group(text="x", whole=True, members=np.arange(400)), 0)
-    assert found.size == pytest.approx(5, abs=0.15)
-    assert found.projection.mean() == pytest.approx(5, abs=0.15)
-    assert found.posterior.tolist() == [1.0] * 400
+    values[:count, 0] += 5
+    whitened = whiten(values)
+    found = shared_shift(whitened, Group(text="x", whole=True, members=np.arange(count)), 0)
+    assert found.size == pytest.approx(5, abs=0.4)
+    deviation = np.sqrt(1 + 25 * count * (4000 - count) / 4000**2)
+    assert found.projection.mean() == pytest.approx(5 / deviation, abs=0.15)
+    assert found.posterior.tolist() == [1.0] * count
 
 
 def test_a_mixed_group_is_split() -> None:
