@@ -74,6 +74,7 @@ def measured(tiny_base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) 
     found = Measured(tmp_path_factory.mktemp("measured"), tiny_base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stages.confirm.run.transfer", lambda *_, **__: 1.0)
+        patch.setattr("stages.confirm.run.beyond_honest", lambda *_: 1.0)
         found.run(patch)
     return found
 
