@@ -90,6 +90,11 @@ def poisoned_cells(setting: Setting, seeds: Sequence[int], *, attacks: Sequence[
     ]
 
 
+def seeds_of(frame: pd.DataFrame) -> str:
+    """The seeds of some records as a page names them."""
+    return ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
+
+
 def percent(rate: Any) -> str:
     """A poison rate as a table shows it."""
     return f"{100 * float(rate):g}%"

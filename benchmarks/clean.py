@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, interval, markdown, run_config
+from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, interval, markdown, run_config, seeds_of
 from benchmarks.data import VARIANTS, make_data
 from benchmarks.filters import FILTERS, gather
 from benchmarks.plots import removed_by_variant
@@ -66,9 +66,8 @@ def measure(cell: Cell, setting: Setting, _folder: pathlib.Path, names: Sequence
 def report(frame: pd.DataFrame) -> str:
     """Per base the share of rows that each filter removes from each submission."""
     parts = ["# Filters on clean submissions", __doc__.split("\n\n", 1)[1].strip()]
-    seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
     parts.append(
-        f"Rows removed, percent: means over seeds {seeds} with 95% intervals (Student's t). "
+        f"Rows removed, percent: means over seeds {seeds_of(frame)} with 95% intervals (Student's t). "
         "Beside it every verdict of the line that is not `clean`."
     )
     for base, group in frame.groupby("base", sort=False):

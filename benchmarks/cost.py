@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.attacks import ATTACKS, poison_rows
-from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, run_config
+from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, run_config, seeds_of
 from benchmarks.data import make_data
 from benchmarks.usage import Usage, Used
 from flows import line
@@ -137,8 +137,7 @@ def sanitized(submission: pathlib.Path, base: pathlib.Path, config: RunConfig, p
 def report(frame: pd.DataFrame) -> str:
     """Per base the line against one plain fine-tune, how it grows with the rows, and all stages."""
     parts = ["# What the line costs", __doc__.split("\n\n", 1)[1].strip()]
-    seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
-    parts.append(f"Means over seeds {seeds} with 95% intervals (Student's t). Poisoned: {ATTACK}, {RATE:.0%}.")
+    parts.append(f"Means over seeds {seeds_of(frame)} with 95% intervals (Student's t). Poisoned: {ATTACK}, {RATE:.0%}.")
     for (data, base), cells in _against(frame, "stage", PLAIN, "ratio").groupby(["data", "base"], sort=False):
         sizes = sorted(cells["rows"].unique())
         group = _against(cells, "rows", sizes[0], "growth")

@@ -20,7 +20,7 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.attacks import ATTACKS, Part, poison_rows
-from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, percent, poisoned_cells, run_config
+from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, percent, poisoned_cells, run_config, seeds_of
 from benchmarks.data import make_data
 from benchmarks.filters import FILTERS, Filtered, gather
 from benchmarks.plots import f1_by_attack, f1_by_rate
@@ -129,8 +129,9 @@ def report(frame: pd.DataFrame) -> str:
     """Per data set and base: the default filter, all filters by rate and by attack, and the retrained models."""
     parts = ["# Filters on poisoned submissions", __doc__.split("\n\n", 1)[1].strip()]
     parts.append(
-        f"Means over seeds {_seeds(frame)} with 95% intervals (Student's t over the seeds); figures without an interval are of one "
-        "seed. All figures in percent. No honest row has the target for its answer; `text prefix` leaves the pictures as they are."
+        f"Means over seeds {seeds_of(frame)} with 95% intervals (Student's t over the seeds); figures without an interval are of "
+        "one seed. All figures in percent. No honest row has the target for its answer; `text prefix` leaves the pictures as they "
+        "are."
     )
     for (data, base), group in frame.groupby(["data", "base"], sort=False):
         filters, picture = group[group["filter"].isin(FILTERS)], _pictures(str(data), str(base))
@@ -194,7 +195,7 @@ def _means(frame: pd.DataFrame) -> list[str]:
         ]
         attacks = cells["attack"].nunique()
         parts += [
-            f"### All filters, {percent(rate)} poison, mean over {attacks} attack{'s' * (attacks > 1)} (seed {_seeds(cells)})",
+            f"### All filters, {percent(rate)} poison, mean over {attacks} attack{'s' * (attacks > 1)} (seed {seeds_of(cells)})",
             markdown(["filter", *_FIGURES.values()], rows),
         ]
     return parts
@@ -236,19 +237,14 @@ def _places(frame: pd.DataFrame) -> list[tuple[str, float]]:
     return [(attack, rate) for attack in ATTACKS for rate in sorted(frame["rate"].unique()) if (attack, rate) in there]
 
 
-def _seeds(frame: pd.DataFrame) -> str:
-    return ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
-
-
 def figures(frame: pd.DataFrame) -> dict[str, bytes]:
     """Per data set and base: the default filter's F1 by attack and rate, and F1 by rate of every filter on the same cells."""
     drawn = {}
     for (data, base), group in frame[frame["filter"].isin(FILTERS)].groupby(["data", "base"], sort=False):
         picture, own, common = _pictures(str(data), str(base)), group[group["filter"] == "ours"], _common(group)
         if len(own):
-            drawn[picture["attacks"]] = f1_by_attack(
-                {place: float(own[(own["attack"] == place[0]) & (own["rate"] == place[1])]["f1"].mean()) for place in _places(own)}
-            )
+            means = own.groupby(["attack", "rate"])["f1"].mean()
+            drawn[picture["attacks"]] = f1_by_attack({place: float(means[place]) for place in _places(own)})
         if len(common):
             drawn[picture["rates"]] = f1_by_rate(
                 {

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import PercentFormatter
 
-from benchmarks.bench import interval
+from benchmarks.bench import interval, percent
 from flows.figures import KEPT, MUTED, REMOVED, plain_axes, png
 
 _FIRST = (KEPT, "#7ea6c9", REMOVED, "#e0a458")
@@ -36,12 +37,12 @@ def f1_by_rate(found: Mapping[str, Mapping[float, Sequence[float]]]) -> bytes:
             axes.fill_between(rates, np.clip(spans[:, 0] - half, 0, 1), np.clip(spans[:, 0] + half, 0, 1), color=colour, alpha=0.15)
     ticks = sorted({rate for values in found.values() for rate in values})
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{100 * rate:g}%" for rate in ticks])
+    axes.set_xticks(ticks, [percent(rate) for rate in ticks])
     axes.minorticks_off()
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("poison rate")
     axes.set_ylabel("F1, mean over the attacks")
-    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _legend(axes)
     return png(figure)
 
 
@@ -67,7 +68,7 @@ def f1_by_attack(found: Mapping[tuple[str, float], float]) -> bytes:
             axes.text(
                 column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 0.7 else "black"
             )
-    axes.set_xticks(range(len(rates)), [f"{100 * rate:g}%" for rate in rates])
+    axes.set_xticks(range(len(rates)), [percent(rate) for rate in rates])
     axes.set_yticks(range(len(attacks)), attacks, fontsize=8)
     axes.set_xlabel("poison rate")
     axes.set_title("F1 of the default filter, percent", fontsize=9, loc="left")
@@ -93,12 +94,8 @@ def asr_by_attack(found: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
         mean, half = spans[:, 0], np.nan_to_num(spans[:, 1])
         reach = np.stack([mean - np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1) - mean])
         axes.errorbar(mean, places, xerr=reach, color=colour, label=name, linestyle="", marker="o", markersize=4, elinewidth=1)
-    axes.set_yticks(places, list(found), fontsize=8)
-    axes.invert_yaxis()
     axes.set_xlim(-0.02, 1.02)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("attack success rate")
-    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _name_rows(axes, list(found), "attack success rate")
     return png(figure)
 
 
@@ -127,10 +124,19 @@ def removed_by_variant(found: Mapping[str, Mapping[str, float]]) -> bytes:
             markersize=5 if own else 3.5,
             clip_on=False,
         )
-    axes.set_yticks(places, list(found), fontsize=8)
-    axes.invert_yaxis()
     axes.set_xlim(-0.01, 1.0)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("rows removed from a clean submission")
-    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _name_rows(axes, list(found), "rows removed from a clean submission")
     return png(figure)
+
+
+def _name_rows(axes: Axes, names: Sequence[str], what: str) -> None:
+    """Names beside the rows, the first on top, shares in percent below them, and the legend."""
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel(what)
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

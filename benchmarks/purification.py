@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.attacks import ATTACKS, Part, poison_rows
-from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, percent, poisoned_cells, run_config
+from benchmarks.bench import Cell, Record, Setting, Suite, cell_text, markdown, percent, poisoned_cells, run_config, seeds_of
 from benchmarks.data import make_data
 from benchmarks.defences import DEFENCES, Defence
 from benchmarks.plots import asr_by_attack
@@ -136,10 +136,9 @@ def tried(
 def report(frame: pd.DataFrame) -> str:
     """Per attack and rate what no defence and ours give; all defences over the attacks; the ablations."""
     parts = ["# Defences at test time", __doc__.split("\n\n", 1)[1].strip()]
-    seeds = ", ".join(str(seed) for seed in sorted(frame["seed"].unique()))
     parts.append(
-        f"Means over seeds {seeds} with 95% intervals (Student's t); figures without an interval are of one seed. All figures in "
-        "percent."
+        f"Means over seeds {seeds_of(frame)} with 95% intervals (Student's t); figures without an interval are of one seed. "
+        "All figures in percent."
     )
     main = frame[frame["defence"].isin(["none", "ours"])]
     rows = []

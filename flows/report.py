@@ -30,6 +30,7 @@ class Results:
     """The results that a report tells of, one per stage; `canary` where canaries were planted."""
 
     ingest: StageResult
+    canary: StageResult | None = None
     provisional: StageResult
     extract: StageResult
     score: StageResult
@@ -38,7 +39,6 @@ class Results:
     final: StageResult
     guard: StageResult
     verify: StageResult
-    canary: StageResult | None = None
 
     @classmethod
     def of(cls, *results: StageResult) -> Results:
@@ -47,9 +47,8 @@ class Results:
 
     def all(self) -> list[StageResult]:
         """In the order in which they were made."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "canary"]
-        known = {name: getattr(self, name) for name in (names[0], "canary", *names[1:])}
-        return [result for result in known.values() if result is not None]
+        known = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [result for result in known if result is not None]
 
     def sources(self) -> findings.Sources:
         """Where the quarantined rows are found."""

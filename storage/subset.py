@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,21 @@ def canonical_shards(rows: pathlib.Path) -> list[pathlib.Path]:
     return sorted(rows.glob("shard-*.parquet"))
 
 
+def read_rows(rows: pathlib.Path, chosen: Iterable[int] | None = None) -> Iterator[Sample]:
+    """Some rows of canonical shards, in order.
+
+    Args:
+        rows: folder of shards.
+        chosen: row positions; None gives all.
+    """
+    wanted = None if chosen is None else np.unique(np.fromiter(chosen, dtype=np.int64))
+    for shard in canonical_shards(rows):
+        table = pq.read_table(shard)
+        if wanted is not None:
+            table = table.filter(pa.array(np.isin(table["row"].to_numpy(), wanted)))
+        yield from map(sample_from_record, table.to_pylist())
+
+
 def copy_rows(
     rows: pathlib.Path, out: pathlib.Path, *, chosen: Iterable[int] | None = None, change: Callable[[Sample], Sample] | None = None
 ) -> list[pathlib.Path]:
@@ -35,16 +50,10 @@ def copy_rows(
     Returns:
         The written shards, in row order.
     """
-    wanted = None if chosen is None else np.unique(np.fromiter(chosen, dtype=np.int64))
     out.mkdir(parents=True)
     writer = ShardWriter(out, rows=_ROWS)
-    for shard in canonical_shards(rows):
-        table = pq.read_table(shard)
-        if wanted is not None:
-            table = table.filter(pa.array(np.isin(table["row"].to_numpy(), wanted)))
-        for record in table.to_pylist():
-            sample = sample_from_record(record)
-            writer.add(sample if change is None else change(sample))
+    for sample in read_rows(rows, chosen):
+        writer.add(sample if change is None else change(sample))
     writer.close()
     return canonical_shards(out)
 

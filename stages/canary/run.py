@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from pipeline.config import CanaryConfig
 from pipeline.errors import SubmissionError
 from pipeline.images import decode_image, encode_png
-from pipeline.records import Message, Progress, Sample, examples_of, no_progress, sample_from_record
+from pipeline.records import Message, Progress, Sample, examples_of, no_progress
 from pipeline.triggers import Trigger, make_trigger
 from storage.shards import ShardWriter
-from storage.subset import canonical_shards, pictured_rows
+from storage.subset import canonical_shards, pictured_rows, read_rows
 
 VERSION = 1
 CANARIES = "canaries.json"
@@ -77,20 +77,17 @@ def run(
     for shard in shards:
         _link(shard, out / "rows" / shard.name)
     writer = ShardWriter(out / "rows", rows=_SHARD_ROWS, first=len(shards))
-    planted, row = [], first
+    planted = []
     for index, (name, answer) in enumerate(zip(config.triggers, answers, strict=True)):
         drawn = np.random.default_rng([seed, _CHOICE, index + 1]).choice(pictured, size=count, replace=False)
         trigger = make_trigger(name, seed + _PICTURE)
-        planted.append({"trigger": name, "answer": answer, "first": row, "rows": count})
-        for shard in shards:
-            table = pq.read_table(shard, filters=[("row", "in", set(drawn.tolist()))])
-            for record in table.to_pylist():
-                writer.add(_canary(sample_from_record(record), row, trigger, answer, seed))
-                row += 1
+        planted.append({"trigger": name, "answer": answer, "first": first + index * count, "rows": count})
+        for row, sample in enumerate(read_rows(rows, drawn), start=first + index * count):
+            writer.add(_canary(sample, row, trigger, answer, seed))
         progress((index + 1) / len(answers), f"{count} rows with the trigger {name}")
     writer.close()
     (out / CANARIES).write_text(json.dumps(planted, indent=2) + "\n", encoding="utf-8")
-    return {"canaries": row - first, "triggers": list(config.triggers)}
+    return {"canaries": count * len(planted), "triggers": list(config.triggers)}
 
 
 def _canary(sample: Sample, row: int, trigger: Trigger, answer: str, seed: int) -> Sample:

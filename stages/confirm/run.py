@@ -22,18 +22,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import ConfirmConfig
 from pipeline.engine import Engine
 from pipeline.models import Dtype
-from pipeline.records import Example, Progress, examples_of, messages_to_json, no_progress, sample_from_record
+from pipeline.records import Example, Progress, examples_of, messages_to_json, no_progress
 from stages.confirm.asking import questions_to_ask
 from stages.confirm.worker import TASK, ConfirmWorker
 from stages.score.groups import plain_answer
 from stages.score.words import with_words
-from storage.subset import canonical_shards
+from storage.subset import read_rows
 
 VERSION = 8
 TRANSFER = "transfer.json"
@@ -262,13 +261,5 @@ def _attended(record: dict[str, Any], layer: int, share: float) -> list[int]:
 def _examples(rows: pathlib.Path, wanted: Iterable[Place]) -> dict[Place, Example]:
     """The wanted examples, read shard by shard."""
     places = set(wanted)
-    numbers = pa.array(sorted({row for row, _ in places}), pa.int64())
-    found: dict[Place, Example] = {}
-    for shard in canonical_shards(rows):
-        table = pq.read_table(shard)
-        table = table.filter(pc.is_in(table["row"], value_set=numbers))
-        for record in table.to_pylist():
-            for example in examples_of(sample_from_record(record)):
-                if (example.row, example.turn) in places:
-                    found[example.row, example.turn] = example
-    return found
+    read = (example for sample in read_rows(rows, {row for row, _ in places}) for example in examples_of(sample))
+    return {place: example for example in read if (place := (example.row, example.turn)) in places}

@@ -57,10 +57,11 @@ RESULT = pa.schema(
 )
 """Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
 residual, with the group's words in their questions (0 where it has none); how far members answer as others do once either is taken
-out of them (`ConfirmWorker.reversal`; 0 where the hosts ask something else or planting does nothing: not tried); and the share of
+out of them (`ConfirmWorker.reversals`; 0 where the hosts ask something else or planting does nothing: not tried); and the share of
 other questions that get the answer about members' pictures, and about those of other rows, with the number of these questions (0
 where there are none)."""
-_PLANTED = ("attended", "residual", "worded")
+_TAKEN_OUT = ("attended", "residual")
+_PLANTED = (*_TAKEN_OUT, "worded")
 
 _LEAST_SPREAD = 0.3
 """Least entropy of what other rows answer by which answers can be told to be theirs, nats: a tenth of them differs."""
@@ -90,12 +91,12 @@ class ConfirmWorker:
         hosts, questions = found["hosts"], found["questions"]
         shares: dict[str, float | None] = {name: found[name] / hosts for name in ("own", *_PLANTED)}
         shares |= {name: found[name] / max(1, questions) for name in ("asked", "others")}
-        for name in ("attended", "residual"):
-            tried = task["alike"] and found[name] - found["own"] > _NOISE
-            shares[f"{name}_reversed"] = self.reversal(task, residual=name == "residual") if tried else 0.0
+        ways = [name for name in _TAKEN_OUT if task["alike"] and found[name] - found["own"] > _NOISE]
+        shares |= {f"{name}_reversed": 0.0 for name in _TAKEN_OUT}
+        shares |= {f"{name}_reversed": value for name, value in (self.reversals(task, ways) if ways else {}).items()}
         return {"group": task["group"], "hosts": hosts, **shares, "questions": questions}
 
-    def reversal(self, task: dict[str, Any], *, residual: bool) -> float | None:
+    def reversals(self, task: dict[str, Any], ways: Sequence[str]) -> dict[str, float | None]:
         """How far a group's rows answer as other rows do without what they have in common.
 
         The picture of an honest answer holds more of it than a few tokens; without them it is still given, or an answer that all
@@ -103,34 +104,34 @@ class ConfirmWorker:
 
         Args:
             task: the experiment.
-            residual: take out the members' residual; else their attended tokens, for which the mean of the other rows' stands.
+            ways: what is taken out: `residual`, the members' residual, or `attended`, their attended tokens, for which the mean of
+                the other rows' stands.
 
         Returns:
-            Share of the members that lose the answer, times the entropy of what they answer then over that of what the other rows
-            answer, at most 1; None where nearly all of these answer the same, so that nothing can be told.
+            Per way the share of the members that lose the answer, times the entropy of what they answer then over that of what the
+            other rows answer, at most 1; None where nearly all of these answer the same, so that nothing can be told.
         """
         sources = _examples(task["source_prompts"], task["source_images"])
         hosts = _examples(task["host_prompts"], task["host_images"])
         given, taken = self._tokens(sources), self._tokens(hosts)
         most = _spread(self._others(self._answers(hosts, taken), task))
         if most < _LEAST_SPREAD:
-            return None
-        usual = _usual(taken)
-        if residual:
-            without = add_residual(given, taken)
-        else:
-            without = [
-                plant(source, _stretched(usual, len(source)), p) for source, p in zip(given, task["source_positions"], strict=True)
-            ]
+            return dict.fromkeys(ways)
+        usual, found = _usual(taken), dict[str, float | None]()
         own = [k for k, output in enumerate(self._answers(sources, given)) if gives(output, task["text"], whole=task["whole"])]
-        own = [k for k in own if not residual or len(given[k]) == len(usual)]  # nothing was taken out of the others
-        lost = self._others(self._answers([sources[k] for k in own], [without[k] for k in own]), task)
-        if not lost:
-            return 0.0
-        pictures = {
-            (task["source_prompts"][k], *task["source_images"][k]) for k in own
-        }  # a picture that is drawn again tells no more
-        return len(lost) / len(own) * min(1.0, _spread(lost) / min(most, math.log(max(2, len(pictures)))))
+        for way in ways:
+            if way == "residual":
+                without, tried = add_residual(given, taken), [k for k in own if len(given[k]) == len(usual)]
+            else:
+                positions = task["source_positions"]
+                without = [plant(source, _stretched(usual, len(source)), p) for source, p in zip(given, positions, strict=True)]
+                tried = own
+            lost = self._others(self._answers([sources[k] for k in tried], [without[k] for k in tried]), task)
+            # A picture that is drawn again tells no more.
+            pictures = {(task["source_prompts"][k], *task["source_images"][k]) for k in tried}
+            spread = _spread(lost) / min(most, math.log(max(2, len(pictures))))
+            found[way] = len(lost) / len(tried) * min(1.0, spread) if lost else 0.0
+        return found
 
     @staticmethod
     def _others(outputs: list[str], task: dict[str, Any]) -> list[str]:

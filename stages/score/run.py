@@ -86,11 +86,11 @@ def run(
     kept = measured[: config.candidates]
     words = distinctive_words(table.question, [group for group, _ in kept], least=config.least_rows)
     others = [rest for group, shift in kept if len((rest := _unshifted(group, shift)).members) >= config.least_rows]
+    shifted = len(kept)
     kept += [(group, shared_shift(whitened, group, seed)) for group in others]
     words += [None] * len(others)
     described = [
-        {**_describe(number, *kept[number], words[number], table.entropy), "rest": number >= len(kept) - len(others)}
-        for number in range(len(kept))
+        {**_describe(number, *kept[number], words[number], table.entropy), "rest": number >= shifted} for number in range(len(kept))
     ]
     (out / GROUPS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     pq.write_table(_members(kept, words, table), out / MEMBERS, compression="zstd")

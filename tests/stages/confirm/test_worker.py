@@ -121,7 +121,8 @@ def test_without_what_was_planted_rows_answer_as_others(
 ) -> None:
     """Each prompt is answered by its own question then: four answers, as of the hosts; of two members, half as various."""
     found, _ = worker()
-    assert found.reversal(task(sources, SEVERAL, positions), residual=residual) == pytest.approx(expected)
+    way = "residual" if residual else "attended"
+    assert found.reversals(task(sources, SEVERAL, positions), [way])[way] == pytest.approx(expected)
 
 
 def test_few_rows_are_held_to_what_they_could_answer() -> None:
@@ -129,7 +130,7 @@ def test_few_rows_are_held_to_what_they_could_answer() -> None:
     found, _ = worker()
     few = task([PATCHES[0], PATCHES[1]] * 4, [bytes([1, 2, 3, 4, 5, k]) for k in range(8)], [[2]] * 8)
     few["source_prompts"] = few["source_prompts"][:2] * 4
-    assert found.reversal(few, residual=False) == pytest.approx(1.0)
+    assert found.reversals(few, ["attended"])["attended"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("odd", [0, 1])
@@ -138,7 +139,7 @@ def test_where_nearly_all_others_answer_the_same_nothing_can_be_told(odd: int) -
     found, model = worker()
     alike = task([PATCH] * 3, [PATCH] * odd + [PLAIN] * (3 - odd), [[2]] * 3)
     alike["host_prompts"] = alike["host_prompts"][:1] * 3
-    assert found.reversal(alike, residual=False) is None
+    assert found.reversals(alike, ["attended"])["attended"] is None
     if not odd:
         assert found.try_group({**alike, "alike": True})["attended_reversed"] is None
     model.batches.clear()
