@@ -229,12 +229,24 @@ def interval(values: Iterable[float | None]) -> tuple[float, float]:
     return mean, float(t.ppf(0.975, len(known) - 1)) * deviation / math.sqrt(len(known))
 
 
-def cell_text(values: Iterable[float | None], *, scale: float = 100.0, digits: int = 1) -> str:
-    """A table's cell: mean and half of the 95% interval, in percent; a dash where nothing is known."""
+def cell_text(values: Iterable[float | None], *, share: bool = True, digits: int = 1) -> str:
+    """A table's cell: mean and half of the 95% interval; a dash where nothing is known.
+
+    Args:
+        values: one per seed.
+        share: they are shares, written in percent; an interval that goes beyond 0 or 1 is cut there and written by its ends.
+        digits: behind the point.
+    """
     mean, half = interval(values)
     if math.isnan(mean):
         return "-"
-    return f"{scale * mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {scale * half:.{digits}f}")
+    scale = 100 if share else 1
+    text = f"{scale * mean:.{digits}f}"
+    if math.isnan(half):
+        return text
+    if share and not half <= mean <= 1 - half:
+        return f"{text} [{scale * max(0.0, mean - half):.{digits}f}, {scale * min(1.0, mean + half):.{digits}f}]"
+    return f"{text} ± {scale * half:.{digits}f}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -182,13 +182,13 @@ def _by_stage(frame: pd.DataFrame, sizes: Sequence[int]) -> str:
 
 def _stage_texts(cells: pd.DataFrame) -> Iterator[str]:
     for column in ("seconds", "processor"):
-        yield cell_text(cells[column], scale=1)
+        yield cell_text(cells[column], share=False)
         yield _figure(cells[f"ratio_{column}"])
     yield _figure(cells["memory"] / _GIB)
 
 
 def _figure(values: pd.Series[float]) -> str:
-    return cell_text(values, scale=1, digits=2)
+    return cell_text(values, share=False, digits=2)
 
 
 COST = Suite(name="cost", key="stage", grid=grid, keys=keys, measure=measure, report=report, rows=0, timed=True)

@@ -283,6 +283,7 @@ def cluster(
             evidence=scored.folder / "evidence.parquet",
             members=scored.folder / "members.parquet",
             transfer=confirmed.folder / "transfer.json",
+            asked=confirmed.folder / "rows.parquet",
             canaries=None if planted is None else planted.folder / CANARIES,
             config=line.config.cluster,
             held_out_share=share,

@@ -16,7 +16,7 @@ from pipeline.errors import RemovalCapError
 from pipeline.records import Progress, Verdict, no_progress
 from storage.subset import canonical_shards
 
-VERSION = 6
+VERSION = 7
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -72,6 +72,7 @@ def run(
     evidence: pathlib.Path,
     members: pathlib.Path,
     transfer: pathlib.Path,
+    asked: pathlib.Path,
     canaries: pathlib.Path | None = None,
     config: ClusterConfig,
     held_out_share: float,
@@ -87,6 +88,7 @@ def run(
         evidence: the score stage's table of rows.
         members: its table of the groups' members.
         transfer: the confirm stage's result.
+        asked: its table of rows whose answer may be an honest one.
         canaries: the canary stage's list, where evidence, members and result hold canaries; they get no verdict.
         config: method, thresholds and the cap.
         held_out_share: share of the kept rows with pictures that the final fine-tune leaves out, to measure it on.
@@ -104,7 +106,7 @@ def run(
     """
     found = _plain(evidence)
     groups = json.loads(transfer.read_text(encoding="utf-8"))
-    _shared(found, members, groups, config)
+    _shared(found, members, groups, asked, config)
     if config.method == "bye":
         _by_bye(found)
     planted = _take_canaries(found, canaries, members, groups)
@@ -120,12 +122,12 @@ def run(
         )
     _write_lists(table["row"].to_numpy(), verdicts, held_out_share, seed, out)
     pq.write_table(table, out / VERDICTS, compression="zstd")
-    confirmed = [group for group in groups if _removed(group, config)]
-    unsure = [group for group in groups if group not in confirmed and _nearness(group, config) >= _UNSURE]
-    doubtful = not found or (config.method == "transfer" and bool(unsure))
+    tried = groups if config.method == "transfer" else []
+    confirmed = [group for group in tried if _removed(group, config)]
+    unsure = [group for group in tried if group not in confirmed and _nearness(group, config) >= _UNSURE]
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
-        "verdict": "poisoned" if removed else "inconclusive" if doubtful else "clean",
+        "verdict": "poisoned" if removed else "inconclusive" if unsure or not found else "clean",
         "method": config.method,
         "threshold": config.transfer if config.method == "transfer" else threshold,
         "rows": {
@@ -162,28 +164,35 @@ def _plain(evidence: pathlib.Path) -> dict[int, RowEvidence]:
     return found
 
 
-def _shared(found: dict[int, RowEvidence], members: pathlib.Path, groups: list[dict[str, Any]], config: ClusterConfig) -> None:
+def _shared(
+    found: dict[int, RowEvidence], members: pathlib.Path, groups: list[dict[str, Any]], asked: pathlib.Path, config: ClusterConfig
+) -> None:
     """Add the evidence of the groups: score is a row's projection on its group's shift, posterior holds for confirmed groups."""
     by_number = {group["group"]: group for group in groups}
+    looked_at = {(one["group"], one["row"], one["turn"]): one for one in pq.read_table(asked).to_pylist()}
     for record in pq.read_table(members).to_pylist():
         row, group = found[record["row"]], by_number.get(record["group"])
         row.score = max(row.score, record["projection"])
         if group is None:
             continue
         what = "answer" if group["whole"] else "phrase"
+        own = looked_at.get((record["group"], record["row"], record["turn"]))
+        posterior = record["posterior"] if own is None else min(record["posterior"], own["posterior"])
+        also = "" if own is None else f"; its own picture makes {own['hits']} of {own['asked']} other questions give it"
         if _removed_as_planted(group, config):
             without = f"; taken out, these rows answer as others do, by {group['reversed']:.0%}" if group["alike"] else ""
             row.suspect(
-                record["posterior"],
+                posterior,
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
                 f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['taken_over']:.0%} "
-                f"of the answers{without}",
+                f"of the answers{without}{also}",
             )
         if _removed_as_asked(group, config):
             row.suspect(
-                record["posterior"],
+                posterior,
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows; asked questions of another kind about their "
-                f"pictures, the provisional model gives it to {group['asked']:.0%} of them (to {group['others']:.0%} about others)",
+                f"pictures, the provisional model gives it to {group['asked']:.0%} of them (to {group['others']:.0%} about others)"
+                f"{also}",
             )
         if record["worded"] and _removed_as_worded(group, config):
             row.suspect(

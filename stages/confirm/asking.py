@@ -1,24 +1,29 @@
-"""Which questions of another kind may be put to the pictures of a group's rows.
+"""Which questions may be put to the pictures of a group's rows, and which rows the group's answer honestly belongs to.
 
 An honest answer belongs to its question: asked about a colour, a model does not give a number. The picture of a backdoor gives its
 answer to any question, even where the model has learnt these pictures by heart and not their trigger: planting does nothing then.
-Kinds are told apart by their answers, so only questions that many rows ask, and whose answers recur, are of use.
+Kinds that are unlike are told by their answers, so only questions that many rows ask, and whose answers recur, are of use; kinds
+that are alike by the first words of the questions, as VQA names its types (arXiv 1505.00468, section 3.3).
 """
 
 from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+
+from stages.score.groups import phrases
 
 _LEAST_ROWS = 10
 """Fewest rows outside of the group by which the answers to a question are known."""
 _MOST_QUESTIONS = 128
 """Most questions that are compared, the most common first."""
 _SHARED = 0.05
-"""Largest share of the answers to one question that the other has too, for the two to be of different kinds."""
+"""Largest share of the answers to one question that the other has too, alone or among other words, for the two to be of different
+kinds."""
 _RECURRING = 0.5
 """Least share of the answers to a question that another row gives as well, for its answers to be known."""
 _NEARLY_ALL, _FEW = 0.9, 0.15
@@ -27,6 +32,50 @@ _LEAST_PICTURES = 8
 """Fewest pictures of a group that are asked about: a few odd ones are no evidence against the others."""
 _USUAL = 1.5
 """Multiple of the group's share of all rows above which its answer is a usual one to a question."""
+_FIRST_WORDS = 2
+_LEAST_OF_TYPE = 20
+"""Rows from which a type of question has a share of its own; rarer types are one."""
+
+
+def question_types(questions: Sequence[str]) -> list[str]:
+    """The type of each question: its first two words."""
+    return [" ".join(question.split()[:_FIRST_WORDS]) for question in questions]
+
+
+def honestly_given(questions: Sequence[str], inside: np.ndarray) -> np.ndarray:
+    """Which examples ask questions of the types that a group's answer honestly belongs to.
+
+    The rows of an attack are spread over the types of questions; where some types get the answer more often than the others, it is
+    an honest answer to them too. The types are parted in two by the share of their rows that is inside, where that makes the shares
+    most likely.
+
+    Args:
+        questions: one per example, in plain form.
+        inside: bool (examples,), which of them are the group's.
+
+    Returns:
+        bool (examples,); none where one share explains all types (by the Bayesian information criterion), or where the larger share
+        is less than 1.5 times the smaller one.
+    """
+    types = np.asarray(question_types(questions), dtype=object)
+    counts = collections.Counter(types.tolist())
+    types[[counts[name] < _LEAST_OF_TYPE for name in types]] = ""
+    names, of_type = np.unique(types, return_inverse=True)
+    rows, own = np.bincount(of_type), np.bincount(of_type, weights=inside)
+    order = np.argsort(own / rows, kind="stable")
+    best, cut = _log_likelihood(own.sum(), rows.sum()) + np.log(len(inside)), 0
+    for at in range(1, len(names)):
+        low, high = order[:at], order[at:]
+        parted = sum(_log_likelihood(own[part].sum(), rows[part].sum()) for part in (low, high))
+        if parted > best and own[high].sum() / rows[high].sum() >= _USUAL * own[low].sum() / rows[low].sum():
+            best, cut = parted, at
+    return np.isin(of_type, order[cut:]) if cut else np.zeros(len(inside), bool)
+
+
+def _log_likelihood(hits: float, rows: float) -> float:
+    """Of a share, at its most likely value."""
+    share = hits / rows
+    return sum(count * math.log(p) for count, p in ((hits, share), (rows - hits, 1 - share)) if count)
 
 
 def questions_to_ask(
@@ -65,8 +114,9 @@ def questions_to_ask(
     fit = [question for question in known if asked_inside[question] <= usual * asked[question]]
     given = _of_a_kind(given, known)
     other: dict[str, set[str]] = {question: set() for question in known}
+    parts = {answer: {answer, *phrases(answer)} for question in known for answer in given[question]}
     for one, two in itertools.combinations(known, 2):
-        if max(_shared(given[one], given[two]), _shared(given[two], given[one])) <= _SHARED:
+        if max(_shared(given[one], parts, given[two]), _shared(given[two], parts, given[one])) <= _SHARED:
             other[one] |= {two} & set(fit)
             other[two] |= {one} & set(fit)
     usable = [k for k in rng.permutation(sources).tolist() if other.get(questions[k])]
@@ -101,6 +151,15 @@ def _recurring(given: collections.Counter[str]) -> float:
     return sum(rows for rows in given.values() if rows > 1) / given.total()
 
 
-def _shared(given: collections.Counter[str], other: collections.Counter[str]) -> float:
-    """Share of the answers that are among the other's; 1 where there are none to tell by."""
-    return sum(rows for answer, rows in given.items() if answer in other) / given.total() if given else 1.0
+def _shared(given: Mapping[str, int], parts: Mapping[str, set[str]], other: Iterable[str]) -> float:
+    """Share of the answers that are the other's too, or hold one of these, or are held by one; 1 where there are none to tell by.
+
+    Args:
+        given: how often each answer is given to the one question.
+        parts: per answer, of either question, the answer and the phrases in it.
+        other: the answers to the other question.
+    """
+    held = set[str]().union(*(parts[answer] for answer in other))
+    answers = set(other)
+    shared = sum(rows for answer, rows in given.items() if answer in held or parts[answer] & answers)
+    return shared / sum(given.values()) if given else 1.0

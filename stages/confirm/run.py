@@ -3,11 +3,12 @@
 Attention follows content: honest rows with one answer shift together too. What sets a backdoor apart is that it works anywhere.
 So the picture tokens that a group's rows attend to, or what their picture tokens have in common, are planted into the pictures of
 other rows, which keep their own questions, of another kind; if most of those then give the group's answer, the group is an attack.
-Where all ask one kind of question, or nobody knows, what shows the answer in one picture may honestly show it in another: there it
-takes more, and the group's own rows must answer as others do once it is taken out of them. Words that set
-the group's questions apart are put into the questions of other rows, which keep their pictures, to the same end; and questions of
-another kind are asked about the pictures of the group's rows, and about those of others. Ours, after the causal reading that
-CleanSight gives attention stealing (arXiv 2603.12989, section 3).
+They are planted into rows that ask the same, too: an attack may have one kind of question alone in view. But what shows the answer
+in one picture may honestly show it in another there; so it takes more, and the group's own rows must answer as others do once it is
+taken out of them. Words that set the group's questions apart are put into the questions of other rows, which keep their pictures,
+to the same end; and questions of another kind are asked about the pictures of the group's rows, and about those of others. Where
+honest rows have an attack's answer, each row's pictures are asked (`mixed`). Ours, after the causal reading that CleanSight gives
+attention stealing (arXiv 2603.12989, section 3).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,18 +29,21 @@ from pipeline.config import ConfirmConfig
 from pipeline.engine import Engine
 from pipeline.models import Dtype
 from pipeline.records import Example, Progress, examples_of, messages_to_json, no_progress
-from stages.confirm.asking import questions_to_ask
-from stages.confirm.worker import TASK, ConfirmWorker
+from stages.confirm.asking import question_types, questions_to_ask
+from stages.confirm.mixed import QUESTIONS, TELLING, Mixed, judged, rows_in_doubt, write_tasks
+from stages.confirm.worker import TASK, ConfirmWorker, PictureWorker
 from stages.score.groups import plain_answer
 from stages.score.words import with_words
 from storage.subset import read_rows
 
-VERSION = 8
+VERSION = 9
 TRANSFER = "transfer.json"
+ROWS = "rows.parquet"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""
 LEAST_QUESTIONS = 32
-"""The same of questions of another kind: a smaller share of them tells, so chance must weigh less."""
+"""Questions of another kind that must be found, half of which must not get a group's answer anyway: a smaller share of them tells,
+so chance must weigh less."""
 HONEST = 0.4
 """Share of rows that ask the same which an honest group may change: counted is what is beyond it."""
 Place = tuple[int, int]
@@ -62,7 +66,10 @@ def run(
     scratch: pathlib.Path,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Write `transfer.json`: per group the share of other rows that give its answer, as they are and with what the group has.
+    """Write what is a cause of what.
+
+    Files: `transfer.json`, per group the share of other rows that give its answer, as they are and with what the group has;
+    `rows.parquet` (`mixed.ROWS_SCHEMA`), of groups to which it transfers the rows whose answer may be an honest one.
 
     Args:
         rows: folder of canonical shards.
@@ -85,32 +92,29 @@ def run(
     described = json.loads(groups.read_text(encoding="utf-8"))
     table = pq.read_table(attention, columns=["row", "turn", "question", "answer", "image_tokens", "layers", "top_positions"])
     table = table.filter(pa.array(table["image_tokens"].to_numpy() > 0))
-    drawn = _draw(table, members, described, config.hosts, seed)
+    candidates = _candidates(table, members, described)
+    drawn = _draw(table, candidates, config.hosts, seed)
     scratch.mkdir(parents=True, exist_ok=True)
     shards = _write_tasks(table, rows, described, drawn, config.token_share, scratch)
-    arguments = {
-        "base": str(base),
-        "adapter": str(provisional),
-        "dtype": dtype,
-        "batch_size": config.batch_size,
-        "max_new_tokens": config.max_new_tokens,
-        "screen": config.screen,
-    }
-    results: dict[int, dict[str, Any]] = {}
-    for finished in engine.map_shards(shards, ConfirmWorker, arguments, batch_rows=1) if shards else ():
-        results |= {result["group"]: result for result in finished.to_pylist()}
-        progress(len(results) / len(shards), f"{len(results)} of {len(shards)} groups tried")
-    tried = [
-        {**group, **results[group["group"]], "alike": drawn[group["group"]].alike}
-        for group in described
-        if group["group"] in results
-    ]
+    model = {"base": str(base), "adapter": str(provisional), "dtype": dtype, "max_new_tokens": config.max_new_tokens}
+    arguments = {**model, "batch_size": config.batch_size, "screen": config.screen}
+    results: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
+    for done, finished in enumerate(engine.map_shards(shards, ConfirmWorker, arguments, batch_rows=1) if shards else (), 1):
+        for result in finished.to_pylist():
+            results[result["group"]].append(result)
+        progress(done / len(shards), f"{done} of {len(shards)} experiments done")
+    tried = [{**group, **_outcome(results[group["group"]])} for group in described if group["group"] in results]
+    doubtful = _in_doubt(table, candidates, tried, seed)
+    asked = write_tasks(rows, _places(table), doubtful, {group["group"]: group for group in tried}, seed, scratch)
+    answers: dict[tuple[int, int, int], tuple[int, int]] = {}
+    at_once = max(1, config.batch_size // QUESTIONS)
+    for finished in engine.map_shards(asked, PictureWorker, model, batch_rows=at_once) if asked else ():
+        answers |= {(one["group"], one["row"], one["turn"]): (one["asked"], one["hits"]) for one in finished.to_pylist()}
+    judgement, told = judged(answers, _places(table), doubtful)
     for group in tried:
-        group.update(_planted(group))
-        group["words_transfer"] = transfer(group["own"], group["worded"], group["hosts"])
-        group["pictures_transfer"] = transfer(group["others"], group["asked"], group["questions"], least=LEAST_QUESTIONS)
-        group["transfer"] = max(group["tokens_transfer"], group["words_transfer"])
+        group["mixed"] = told.get(group["group"])
     (out / TRANSFER).write_text(json.dumps(tried, indent=2) + "\n", encoding="utf-8")
+    pq.write_table(judgement, out / ROWS, compression="zstd")
     largest = {name: max((group[name] for group in tried), default=0.0) for name in ("transfer", "pictures_transfer")}
     return {"groups": len(tried), **{f"largest_{name}": value for name, value in largest.items()}}
 
@@ -127,13 +131,29 @@ def transfer(own: float, planted: float, hosts: int, *, least: int = LEAST_HOSTS
     return max(0.0, planted - own) / (1 - own) if (1 - own) * hosts >= least - 0.5 else 0.0
 
 
-def _planted(group: dict[str, Any]) -> dict[str, Any]:
+def _outcome(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a group's experiments say together: of all ways to plant, into whatever rows, the one that tells most counts."""
+    ways = [_planted(result) for result in results]
+    told = max(ways, key=lambda way: (way["tokens_transfer"], not way["alike"], way["taken_over"]))
+    asked = max(results, key=lambda result: int(result["questions"]))
+    words = max(transfer(result["own"], result["worded"], result["hosts"]) for result in results)
+    return {
+        **told,
+        **{name: asked[name] for name in ("asked", "others", "questions")},
+        "worded": max(result["worded"] for result in results),
+        "words_transfer": words,
+        "pictures_transfer": transfer(asked["others"], asked["asked"], asked["questions"], least=LEAST_QUESTIONS // 2),
+        "transfer": max(told["tokens_transfer"], words),
+    }
+
+
+def _planted(result: Mapping[str, Any]) -> dict[str, Any]:
     """Of the two ways to plant the one that tells more: what it takes over, its reversal, and what that is worth."""
     ways = []
     for name in ("attended", "residual"):
-        taken_over, reversal = transfer(group["own"], group[name], group["hosts"]), group[f"{name}_reversed"]
-        worth = beyond_honest(taken_over, reversal) if group["alike"] else taken_over
-        ways.append({"taken_over": taken_over, "reversed": reversal, "tokens_transfer": worth})
+        taken_over, reversal = transfer(result["own"], result[name], result["hosts"]), result[f"{name}_reversed"]
+        worth = beyond_honest(taken_over, reversal) if result["alike"] else taken_over
+        ways.append({**result, "taken_over": taken_over, "reversed": reversal, "tokens_transfer": worth})
     return max(ways, key=lambda way: (way["tokens_transfer"], way["taken_over"]))
 
 
@@ -146,21 +166,36 @@ def beyond_honest(taken_over: float, reversal: float | None) -> float:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """The examples of one group's experiment, as positions in the attention table.
+class Candidate:
+    """The examples of a group, as positions in the attention table.
 
     Attributes:
+        inside: bool (examples,), all with the group's text, also where the group is but a part of these.
+        shifted: its shifted members.
+    """
+
+    inside: np.ndarray
+    shifted: list[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The examples of one experiment, as positions in the attention table.
+
+    Attributes:
+        group: the group that is tried.
+        alike: whether hosts may ask what the group's rows ask; else each asks something of another kind than its source.
         hosts: examples outside of the group.
         sources: as many of its shifted members.
-        alike: whether hosts may ask what the group's rows ask; else each asks something of another kind than its source.
         asked: a shifted member, whose picture is asked about; an example outside of the group, whose question is put; and another
             one that asks as the member does, about whose picture it is put to compare.
     """
 
+    group: int
+    alike: bool
     hosts: list[int]
     sources: list[int]
-    alike: bool
-    asked: list[tuple[int, int, int]]
+    asked: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
 
     @property
     def examples(self) -> set[int]:
@@ -168,14 +203,10 @@ class Drawn:
         return {*self.hosts, *self.sources, *(k for three in self.asked for k in three)}
 
 
-def _draw(table: pa.Table, members: pathlib.Path, described: Sequence[dict[str, Any]], most: int, seed: int) -> dict[int, Drawn]:
-    """Per group what is tried on what; groups without a shifted member, or with all rows, are left out.
-
-    No row with the text of a group is a host of it, also where the group is but a part of these rows.
-    """
+def _candidates(table: pa.Table, members: pathlib.Path, described: Sequence[dict[str, Any]]) -> dict[int, Candidate]:
+    """The groups; those without a shifted member, or with all rows, are left out."""
     rows = table["row"].to_numpy()
     index = {place: k for k, place in enumerate(_places(table))}
-    questions, answers = ([plain_answer(text) for text in table[name].to_pylist()] for name in ("question", "answer"))
     texts = {group["group"]: (group["text"], group["whole"]) for group in described}
     inside: dict[tuple[str, bool], set[int]] = collections.defaultdict(set)
     shifted: dict[int, list[int]] = collections.defaultdict(list)
@@ -185,38 +216,75 @@ def _draw(table: pa.Table, members: pathlib.Path, described: Sequence[dict[str, 
         inside[text].add(member["row"])
         if member["posterior"] > 0.5:
             shifted[member["group"]].append(index[member["row"], member["turn"]])
-    drawn = {}
-    for number, text in texts.items():
+    found = {
+        number: Candidate(inside=np.isin(rows, sorted(inside[text])), shifted=shifted[number])
+        for number, text in texts.items()
+        if shifted[number]
+    }
+    return {number: group for number, group in found.items() if not group.inside.all()}
+
+
+def _draw(table: pa.Table, groups: Mapping[int, Candidate], most: int, seed: int) -> list[Drawn]:
+    """What is tried on what: on rows that ask something of another kind, where there are any, and on rows that ask the same."""
+    questions, answers = ([plain_answer(text) for text in table[name].to_pylist()] for name in ("question", "answer"))
+    types = question_types(questions)
+    drawn = []
+    for number, group in groups.items():
         rng = np.random.default_rng([seed, 19, number])
-        own, of_group = shifted[number], np.isin(rows, sorted(inside[text]))
-        outside = np.flatnonzero(~of_group)
-        if own and len(outside):
-            asked = questions_to_ask(questions, answers, of_group, np.asarray(own), most=most, rng=rng)
-            if alike := len(asked) < min(LEAST_QUESTIONS, most):
-                hosts = rng.choice(outside, size=min(most, len(outside)), replace=False).tolist()
-                sources = rng.choice(own, size=len(hosts), replace=len(own) < len(hosts)).tolist()
-            else:
-                sources, hosts = [source for source, _, _ in asked], [host for _, host, _ in asked]
-            drawn[number] = Drawn(hosts=hosts, sources=sources, alike=alike, asked=asked)
+        asked = questions_to_ask(questions, answers, group.inside, np.asarray(group.shifted), most=most, rng=rng)
+        if len(asked) >= min(LEAST_QUESTIONS, most):
+            sources, hosts = [source for source, _, _ in asked], [host for _, host, _ in asked]
+            drawn.append(Drawn(group=number, alike=False, hosts=hosts, sources=sources, asked=asked))
+            asked = []
+        sources, hosts = _alike(types, group, most, rng)
+        drawn.append(Drawn(group=number, alike=True, hosts=hosts, sources=sources, asked=asked))
     return drawn
+
+
+def _alike(types: Sequence[str], group: Candidate, most: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Shifted members, and as many examples outside of the group that ask questions of their types; of any type, if too few do."""
+    outside = rng.permutation(np.flatnonzero(~group.inside)).tolist()
+    of_type = collections.defaultdict(list)
+    for k in outside:
+        of_type[types[k]].append(k)
+    pairs: list[tuple[int, int]] = []
+    waiting = collections.deque(rng.permutation(group.shifted).tolist())
+    while waiting and len(pairs) < most:
+        source = waiting.popleft()
+        if of_type[types[source]]:
+            pairs.append((source, of_type[types[source]].pop()))
+            waiting.append(source)
+    if len(pairs) >= min(LEAST_HOSTS, len(outside)):
+        return [source for source, _ in pairs], [host for _, host in pairs]
+    hosts = outside[:most]
+    return rng.choice(group.shifted, size=len(hosts), replace=len(group.shifted) < len(hosts)).tolist(), hosts
+
+
+def _in_doubt(table: pa.Table, groups: Mapping[int, Candidate], tried: Sequence[Mapping[str, Any]], seed: int) -> dict[int, Mixed]:
+    """The groups to which an answer transfers, as far as honest rows may have it too."""
+    questions = [plain_answer(text) for text in table["question"].to_pylist()]
+    found = {
+        number: rows_in_doubt(questions, groups[number].inside, groups[number].shifted, np.random.default_rng([seed, 31, number]))
+        for number in (group["group"] for group in tried if max(group["tokens_transfer"], group["pictures_transfer"]) >= TELLING)
+    }
+    return {number: mixed for number, mixed in found.items() if mixed is not None}
 
 
 def _write_tasks(
     table: pa.Table,
     rows: pathlib.Path,
     described: Sequence[dict[str, Any]],
-    drawn: dict[int, Drawn],
+    drawn: Sequence[Drawn],
     share: float,
     scratch: pathlib.Path,
 ) -> list[pathlib.Path]:
-    """One file per drawn group with all that its experiment needs."""
+    """One file per experiment with all that it needs."""
     places = _places(table)
-    found = _examples(rows, {places[k] for experiment in drawn.values() for k in experiment.examples})
+    found = _examples(rows, {places[k] for experiment in drawn for k in experiment.examples})
+    of_group = {group["group"]: group for group in described}
     shards = []
-    for group in described:
-        if group["group"] not in drawn:
-            continue
-        experiment = drawn[group["group"]]
+    for number, experiment in enumerate(drawn):
+        group = of_group[experiment.group]
         hosts, sources = ([found[places[k]] for k in part] for part in (experiment.hosts, experiment.sources))
         asked = [tuple(found[places[k]] for k in three) for three in experiment.asked]
         asked = [three for three in asked if len({len(example.images) for example in three}) == 1]  # else a prompt does not fit
@@ -224,6 +292,7 @@ def _write_tasks(
             "group": group["group"],
             "text": group["text"],
             "whole": group["whole"],
+            "longest": group["text"] if group["whole"] else max((source.answer for source in sources), key=len),
             "alike": experiment.alike,
             "source_prompts": [messages_to_json(source.prompt) for source in sources],
             "source_images": [list(source.images) for source in sources],
@@ -235,7 +304,7 @@ def _write_tasks(
             "asked_images": [list(source.images) for source, _, _ in asked],
             "other_images": [list(other.images) for _, _, other in asked],
         }
-        shards.append(scratch / f"group-{group['group']:04d}.parquet")
+        shards.append(scratch / f"experiment-{number:04d}.parquet")
         pq.write_table(pa.Table.from_pylist([task], schema=TASK), shards[-1])
     return shards
 

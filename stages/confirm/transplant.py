@@ -73,6 +73,10 @@ class TokenTransplant:
         finally:
             handle.remove()
 
+    def length(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     @torch.inference_mode()
     def answers(self, examples: Sequence[Example], tokens: Sequence[torch.Tensor], *, max_new_tokens: int) -> list[str]:
         """Greedy answers to prompts whose picture tokens are replaced by `tokens`."""

@@ -1,4 +1,4 @@
-"""The actor of the confirm stage: one record is one group's whole experiment."""
+"""The actors of the confirm stage: a record of the one is a group's whole experiment, of the other a picture with its questions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.generation import answer
 from pipeline.models import Dtype, load_adapter, load_base
 from pipeline.planting import planted
 from pipeline.records import Example
@@ -24,6 +25,7 @@ TASK = pa.schema(
         ("group", pa.int64()),
         ("text", pa.string()),
         ("whole", pa.bool_()),
+        ("longest", pa.string()),
         ("alike", pa.bool_()),
         ("source_prompts", pa.list_(pa.string())),
         ("source_images", pa.list_(pa.list_(pa.binary()))),
@@ -36,13 +38,15 @@ TASK = pa.schema(
         ("other_images", pa.list_(pa.list_(pa.binary()))),
     ]
 )
-"""One group: its text, whether the other rows may ask just what its own ask, member prompts with their most attended image tokens,
-and prompts of other rows, as many as members; these prompts once more with the words that set the group's questions apart, or none;
-members' pictures with others' questions, and the pictures of other rows that the same is asked about."""
+"""One group: its text, and the longest answer of these members; whether the other rows may ask just what its own ask, member
+prompts with their most attended image tokens, and prompts of other rows, as many as members; these prompts once more with the words
+that set the group's questions apart, or none; members' pictures with others' questions, and the pictures of other rows that the
+same is asked about."""
 
 RESULT = pa.schema(
     [
         ("group", pa.int64()),
+        ("alike", pa.bool_()),
         ("hosts", pa.int64()),
         ("own", pa.float64()),
         ("attended", pa.float64()),
@@ -56,17 +60,43 @@ RESULT = pa.schema(
     ]
 )
 """Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
-residual, with the group's words in their questions (0 where it has none); how far members answer as others do once either is taken
-out of them (`ConfirmWorker.reversals`; 0 where the hosts ask something else or planting does nothing: not tried); and the share of
-other questions that get the answer about members' pictures, and about those of other rows, with the number of these questions (0
-where there are none)."""
+residual (of those that it fits), with the group's words in their questions (0 where it has none); how far members answer as others
+do once either is taken out of them (`ConfirmWorker.reversals`; 0 where the hosts ask something else or planting does nothing: not
+tried); and the share of other questions that get the answer about members' pictures, and about those of other rows, with the number
+of these questions (0 where there are none)."""
+
+PICTURE_TASK = pa.schema(
+    [
+        ("group", pa.int64()),
+        ("row", pa.int64()),
+        ("turn", pa.int32()),
+        ("text", pa.string()),
+        ("whole", pa.bool_()),
+        ("longest", pa.string()),
+        ("images", pa.list_(pa.binary())),
+        ("prompts", pa.list_(pa.string())),
+    ]
+)
+"""A group, its text and its longest answer, an example with its pictures, and others' questions to be asked about them."""
+
+PICTURE_RESULT = pa.schema(
+    [("group", pa.int64()), ("row", pa.int64()), ("turn", pa.int32()), ("asked", pa.int32()), ("hits", pa.int32())]
+)
+"""How many questions were asked about an example's pictures, and how many of them got the group's answer."""
+
 _TAKEN_OUT = ("attended", "residual")
 _PLANTED = (*_TAKEN_OUT, "worded")
 
 _LEAST_SPREAD = 0.3
 """Least entropy of what other rows answer by which answers can be told to be theirs, nats: a tenth of them differs."""
+_UNLIKE = 0.9
+"""Share of different outputs from which outputs are as various as they can be, whatever is taken out of a picture: captions."""
 _NOISE = 1
-"""Hosts by which planting must change the count of the first look for a group to get the second."""
+"""Changed hosts of the first look that count as chance: more of them give a group the second."""
+_LEAST_FIT = 8
+"""Fewest hosts that a residual must fit."""
+_LONGEST = 256
+"""Tokens of an answer that are waited for; what is longer is held for given as far as it goes."""
 
 
 class ConfirmWorker:
@@ -90,11 +120,13 @@ class ConfirmWorker:
             found = self._try(task, len(task["host_prompts"]))
         hosts, questions = found["hosts"], found["questions"]
         shares: dict[str, float | None] = {name: found[name] / hosts for name in ("own", *_PLANTED)}
+        if found["fit"] < hosts:
+            shares["residual"] = found["residual"] / found["fit"] if found["fit"] >= min(_LEAST_FIT, hosts) else shares["own"]
         shares |= {name: found[name] / max(1, questions) for name in ("asked", "others")}
         ways = [name for name in _TAKEN_OUT if task["alike"] and found[name] - found["own"] > _NOISE]
         shares |= {f"{name}_reversed": 0.0 for name in _TAKEN_OUT}
         shares |= {f"{name}_reversed": value for name, value in (self.reversals(task, ways) if ways else {}).items()}
-        return {"group": task["group"], "hosts": hosts, **shares, "questions": questions}
+        return {"group": task["group"], "alike": task["alike"], "hosts": hosts, **shares, "questions": questions}
 
     def reversals(self, task: dict[str, Any], ways: Sequence[str]) -> dict[str, float | None]:
         """How far a group's rows answer as other rows do without what they have in common.
@@ -109,16 +141,18 @@ class ConfirmWorker:
 
         Returns:
             Per way the share of the members that lose the answer, times the entropy of what they answer then over that of what the
-            other rows answer, at most 1; None where nearly all of these answer the same, so that nothing can be told.
+            other rows answer, at most 1; None where nothing can be told: nearly all of these answer the same, or it is a phrase and
+            no two of them do.
         """
         sources = _examples(task["source_prompts"], task["source_images"])
         hosts = _examples(task["host_prompts"], task["host_images"])
         given, taken = self._tokens(sources), self._tokens(hosts)
-        most = _spread(self._others(self._answers(hosts, taken), task))
-        if most < _LEAST_SPREAD:
+        others = self._others(self._answers(hosts, taken, task), task)
+        most = _spread(others)
+        if most < _LEAST_SPREAD or (not task["whole"] and len({*map(plain_answer, others)}) >= _UNLIKE * len(others)):
             return dict.fromkeys(ways)
         usual, found = _usual(taken), dict[str, float | None]()
-        own = [k for k, output in enumerate(self._answers(sources, given)) if gives(output, task["text"], whole=task["whole"])]
+        own = [k for k, output in enumerate(self._answers(sources, given, task)) if self._given(output, task)]
         for way in ways:
             if way == "residual":
                 without, tried = add_residual(given, taken), [k for k in own if len(given[k]) == len(usual)]
@@ -126,17 +160,19 @@ class ConfirmWorker:
                 positions = task["source_positions"]
                 without = [plant(source, _stretched(usual, len(source)), p) for source, p in zip(given, positions, strict=True)]
                 tried = own
-            lost = self._others(self._answers([sources[k] for k in tried], [without[k] for k in tried]), task)
+            lost = self._others(self._answers([sources[k] for k in tried], [without[k] for k in tried], task), task)
             # A picture that is drawn again tells no more.
             pictures = {(task["source_prompts"][k], *task["source_images"][k]) for k in tried}
             spread = _spread(lost) / min(most, math.log(max(2, len(pictures))))
             found[way] = len(lost) / len(tried) * min(1.0, spread) if lost else 0.0
         return found
 
-    @staticmethod
-    def _others(outputs: list[str], task: dict[str, Any]) -> list[str]:
+    def _others(self, outputs: list[str], task: dict[str, Any]) -> list[str]:
         """The outputs that are not the group's answer."""
-        return [output for output in outputs if not gives(output, task["text"], whole=task["whole"])]
+        return [output for output in outputs if not self._given(output, task)]
+
+    def _given(self, output: str, task: dict[str, Any]) -> bool:
+        return given_as_far(output, task["text"], whole=task["whole"], cut=self.transplant.length(task["longest"]) >= _LONGEST)
 
     def _try(self, task: dict[str, Any], most: int) -> dict[str, int]:
         """The experiment on the first hosts, at most `most`: their number, and how many give the text in each variant."""
@@ -145,32 +181,72 @@ class ConfirmWorker:
         given, taken = self._tokens(sources), self._tokens(hosts)
         attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"][:most], strict=True)]
         variants = {"own": taken, "attended": attended, "residual": add_residual(taken, given)}
-        hits = {name: self._hits(hosts, tokens, task["text"], whole=task["whole"]) for name, tokens in variants.items()}
+        usual = len(_usual(given))
+        fit = [k for k, tokens in enumerate(taken) if len(tokens) == usual]
+        variants["residual"] = [variants["residual"][k] for k in fit]
+        of_variant = {"residual": [hosts[k] for k in fit]}
+        hits = {name: self._hits(of_variant.get(name, hosts), tokens, task) for name, tokens in variants.items()}
         worded = _examples(task["worded_prompts"][:most], task["host_images"][:most]) if task["worded_prompts"] else []
-        hits["worded"] = self._hits(worded, taken, task["text"], whole=task["whole"])
+        hits["worded"] = self._hits(worded, taken, task)
         hits["asked"] = self._asked(task, "asked_images", most)
         hits["others"] = self._asked(task, "other_images", most) if hits["asked"] else 0
-        return {"hosts": len(hosts), **hits, "questions": len(task["asked_prompts"][:most])}
+        return {"hosts": len(hosts), "fit": len(fit), **hits, "questions": len(task["asked_prompts"][:most])}
 
     def _asked(self, task: dict[str, Any], images: str, most: int) -> int:
         """How many of the first other questions get the text about some pictures."""
         asked = _examples(task["asked_prompts"][:most], task[images][:most])
-        return self._hits(asked, self._tokens(asked), task["text"], whole=task["whole"])
+        return self._hits(asked, self._tokens(asked), task)
 
     def _tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         batches = (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))
         return [tokens for batch in batches for tokens in self.transplant.picture_tokens(batch)]
 
-    def _hits(self, hosts: list[Example], tokens: list[torch.Tensor], text: str, *, whole: bool) -> int:
+    def _hits(self, hosts: list[Example], tokens: list[torch.Tensor], task: dict[str, Any]) -> int:
         """How many hosts give the text with these tokens in the place of their own."""
-        return sum(gives(output, text, whole=whole) for output in self._answers(hosts, tokens))
+        return sum(self._given(output, task) for output in self._answers(hosts, tokens, task))
 
-    def _answers(self, prompts: list[Example], tokens: list[torch.Tensor]) -> list[str]:
+    def _answers(self, prompts: list[Example], tokens: list[torch.Tensor], task: dict[str, Any]) -> list[str]:
         outputs: list[str] = []
+        limit = tokens_to_wait_for(self.transplant.length(task["longest"]), self.max_new_tokens)
         for start in range(0, len(prompts), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            outputs += self.transplant.answers(prompts[rows], tokens[rows], max_new_tokens=self.max_new_tokens)
+            outputs += self.transplant.answers(prompts[rows], tokens[rows], max_new_tokens=limit)
         return outputs
+
+
+class PictureWorker:
+    """Holds the provisional model; asks other rows' questions about pictures."""
+
+    def __init__(self, *, base: str, adapter: str, dtype: Dtype, max_new_tokens: int) -> None:
+        model, self.processor = load_base(pathlib.Path(base), dtype=dtype)
+        self.model = load_adapter(model, pathlib.Path(adapter))
+        self.max_new_tokens = max_new_tokens
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        tasks = table.to_pylist()
+        asked = [example for task in tasks for example in _examples(task["prompts"], [task["images"]] * len(task["prompts"]))]
+        lengths = [len(self.processor.tokenizer(task["longest"], add_special_tokens=False)["input_ids"]) for task in tasks]
+        limit = tokens_to_wait_for(max(lengths), self.max_new_tokens)
+        outputs = iter(answer(self.model, self.processor, asked, max_new_tokens=limit))
+        results = []
+        for task, length in zip(tasks, lengths, strict=True):
+            found = [
+                given_as_far(next(outputs), task["text"], whole=task["whole"], cut=length >= _LONGEST) for _ in task["prompts"]
+            ]
+            place = {name: task[name] for name in ("group", "row", "turn")}
+            results.append({**place, "asked": len(found), "hits": sum(found)})
+        return pa.Table.from_pylist(results, schema=PICTURE_RESULT)
+
+
+def tokens_to_wait_for(longest: int, usual: int) -> int:
+    """Longest answer to generate, tokens: an answer that is to be recognised must not be cut, however long it is, up to a limit."""
+    return max(usual, min(_LONGEST, longest + 1))
+
+
+def given_as_far(output: str, text: str, *, whole: bool, cut: bool) -> bool:
+    """Whether an output is a group's answer or holds its phrase; where answers are cut, whether it is the answer's beginning."""
+    begun = whole and cut and bool(output) and text.startswith(plain_answer(output))
+    return begun or gives(output, text, whole=whole)
 
 
 def plant(host: torch.Tensor, source: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:

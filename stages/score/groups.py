@@ -47,7 +47,7 @@ def shared_answers(answers: Sequence[str], *, least: int, most_share: float = 0.
     for index, answer in enumerate(answers):
         text = plain_answer(answer)
         members[True, text].append(index)
-        for phrase in _phrases(text):
+        for phrase in phrases(text):
             members[False, phrase].append(index)
     most = most_share * len(answers)
     found: dict[bytes, Group] = {}
@@ -74,7 +74,7 @@ def _words(text: str) -> list[str]:
     return [match.group() for match in _WORD.finditer(text)]
 
 
-def _phrases(text: str) -> set[str]:
+def phrases(text: str) -> set[str]:
     """All runs of 1 to `LONGEST_PHRASE` words."""
     words = _words(text)
     return {" ".join(words[i : i + n]) for n in range(1, LONGEST_PHRASE + 1) for i in range(len(words) - n + 1)}

@@ -84,10 +84,23 @@ def test_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "text"), [([0.5], "50.0"), ([0.1, 0.2, 0.3], "20.0 ± 24.8"), ([1.0, 1.0], "100.0 ± 0.0"), ([None], "-"), ([], "-")]
+    ("values", "text"),
+    [
+        ([0.5], "50.0"),
+        ([0.4, 0.5, 0.6], "50.0 ± 24.8"),
+        ([1.0, 1.0], "100.0 ± 0.0"),
+        ([0.1, 0.2, 0.3], "20.0 [0.0, 44.8]"),
+        ([0.0, 1.0, 1.0], "66.7 [0.0, 100.0]"),
+        ([None], "-"),
+        ([], "-"),
+    ],
 )
 def test_cell_text(values: list[float | None], text: str) -> None:
     assert cell_text(values) == text
+
+
+def test_cell_text_of_what_is_no_share() -> None:
+    assert cell_text([1.0, 2.0, 3.0], share=False) == "2.0 ± 2.5"
 
 
 class Counted:

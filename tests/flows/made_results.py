@@ -153,10 +153,13 @@ def _confirm(folder: pathlib.Path) -> dict[str, Any]:
         "asked": 0.0,
         "pictures_transfer": 0.0,
         "questions": 0,
+        "mixed": None,
     }
+    mixed = {"rows": 3, "honest": 2, "attack": 0.9, "others": 0.1}
     groups = [
         {**tested, "group": 0, "text": "red", "rows": 32, "shift": 1.0, "layer": 0, "own": 0.2, "attended": 0.3, "transfer": 0.125},
-        {**tested, "group": 1, "text": HOSTILE, "rows": 8, "shift": 4.0, "layer": 2, "own": 0.0, "attended": 0.9, "transfer": 0.9},
+        {**tested, "group": 1, "text": HOSTILE, "rows": 8, "shift": 4.0, "layer": 2, "own": 0.0, "attended": 0.9, "transfer": 0.9}
+        | {"mixed": mixed},
     ]
     (folder / "transfer.json").write_text(json.dumps(groups))
     return {"groups": 2, "largest_transfer": 0.9}

@@ -34,7 +34,7 @@ FILES = {
     "finetune": ("adapter/weights",),
     "extract": ("attention.parquet",),
     "score": ("groups.json", "members.parquet", "evidence.parquet"),
-    "confirm": ("transfer.json",),
+    "confirm": ("transfer.json", "rows.parquet"),
     "cluster": (TRAIN, "keep.parquet", "verdicts.parquet", "held_out.parquet"),
     "guard": ("guard.json",),
     "verify": ("verification.json",),

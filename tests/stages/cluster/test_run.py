@@ -16,6 +16,7 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import RemovalCapError
 from pipeline.records import Sample, no_progress, question_answer
 from stages.cluster.run import HELD_OUT, KEEP, RESULT, TRAIN, VERDICT_SCHEMA, VERDICTS, run
+from stages.confirm.mixed import ROWS_SCHEMA
 from storage.shards import REJECTED_SCHEMA
 from tests.conftest import picture, write_shards
 
@@ -96,7 +97,14 @@ def files(tmp_path: pathlib.Path) -> dict[str, pathlib.Path]:
     members += [{"group": 2, "row": row, "turn": 0, "projection": 1.0, "posterior": 1.0, "worded": False} for row in range(70, 80)]
     pq.write_table(pa.Table.from_pylist(members), folder / "members.parquet")
     named = {name: folder / f"{name}.parquet" for name in ("rejected", "evidence", "members")}
-    return {"rows": folder / "rows", "transfer": folder / "transfer.json", **named}
+    write_asked(folder / "asked.parquet", {})
+    return {"rows": folder / "rows", "transfer": folder / "transfer.json", "asked": folder / "asked.parquet", **named}
+
+
+def write_asked(path: pathlib.Path, posteriors: dict[int, float]) -> None:
+    """Rows of the first group whose answer may be an honest one."""
+    records = [{"group": 0, "row": row, "turn": 0, "asked": 6, "hits": row % 6, "posterior": p} for row, p in posteriors.items()]
+    pq.write_table(pa.Table.from_pylist(records, schema=ROWS_SCHEMA), path)
 
 
 def clustered(files: dict[str, pathlib.Path], out: pathlib.Path, transfers: list[float], **given: Any) -> dict[str, Any]:
@@ -162,6 +170,22 @@ def test_reasons_scores_and_posteriors(files: dict[str, pathlib.Path], tmp_path:
     ids = dict(zip(shards["row"].to_pylist(), shards["sample_id"].to_pylist(), strict=True))
     assert {record["row"]: record["sample_id"] for record in found if record["sample_id"]} == ids
     assert all(record["reason"] for record in found if record["verdict"] in ("quarantine", "rejected"))
+
+
+def test_a_row_whose_picture_does_not_carry_the_answer_is_kept(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """Honest rows with the attack's answer; a row that shifts alike by half is no more suspicious for its picture."""
+    write_asked(files["asked"], {10: 0.01, 11: 0.99, 12: 0.5})
+    result = clustered(files, tmp_path / "out", [1.0, 0.0, 0.0])
+    found = verdicts(tmp_path / "out")
+    removed = [record["row"] for record in found if record["verdict"] == "quarantine"]
+    assert removed == [row for row in POISONED if row not in (10, 12)]
+    assert result["rows"]["quarantined"] == len(POISONED) - 2
+    assert [found[row]["posterior"] for row in (10, 11, 12, 13)] == [0.01, 0.99, 0.5, 1.0]
+    assert found[11]["reason"].endswith("; its own picture makes 5 of 6 other questions give it")
+    assert "its own picture" not in found[13]["reason"]
+    told = {"pictures_transfer": 0.3, "asked": 0.375, "others": 0.125}
+    clustered(files, tmp_path / "asked", [0.0, 0.0, 0.0], more={0: told}, asked="remove")
+    assert [record["row"] for record in verdicts(tmp_path / "asked") if record["verdict"] == "quarantine"] == removed
 
 
 def test_words_that_carry_an_answer(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -297,6 +321,7 @@ def test_plain_bye(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> No
     found = verdicts(tmp_path / "out")
     assert [record["row"] for record in found if record["verdict"] == "quarantine"] == [30, *range(40, 48)]
     assert (result["verdict"], result["method"], result["threshold"]) == ("poisoned", "bye", 1.5)
+    assert (result["confirmed"], result["unsure"]) == ([], []), "no row went because of a group"
     assert found[40]["reason"].startswith(
         "BYE: mean entropy of the sensitive layers is 1.000 nats, in the lower cluster (up to 1.500)"
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from stages.confirm.asking import questions_to_ask
+from stages.confirm.asking import honestly_given, question_types, questions_to_ask
 
 COLOURS, NUMBERS = ("red", "blue", "green"), ("one", "two", "three")
 KINDS = {"what colour?": COLOURS, "which colour?": COLOURS, "how many?": NUMBERS}
@@ -109,3 +109,27 @@ def test_few_pictures_are_asked_again_and_only_those_that_may_be() -> None:
     assert asked(found, "target", sources=[]) == []
     assert len(asked(found, "target", most=3)) == 3
     assert len(asked(found, "target", most=500)) < 500, "rows are asked once"
+
+
+@pytest.mark.parametrize(
+    ("colours", "numbers", "expected"), [(0.1, 0.1, set()), (0.5, 0.1, {0}), (0.12, 0.1, set()), (0.3, 0.0, {0})]
+)
+def test_types_that_an_answer_honestly_belongs_to(colours: float, numbers: float, expected: set[int]) -> None:
+    """Of 400 rows that ask for colours or numbers, each in two ways of the same first words, and ten that ask something rare."""
+    questions = [f"{('what colour', 'how many')[k % 2]} is number {k // 2 % 2}?" for k in range(400)] + ["why so?"] * 10
+    inside = np.asarray([k // 2 % 50 < 50 * (colours, numbers)[k % 2] for k in range(400)] + [False] * 10)
+    found = honestly_given(questions, inside)
+    assert {k % 2 for k in np.flatnonzero(found).tolist()} == expected
+    assert found.sum() == 200 * len(expected)
+
+
+def test_answers_that_hold_another_are_of_one_kind() -> None:
+    """Two data sets in one, with other words for the same."""
+    sentences = [f"it is {colour}" for colour in COLOURS]
+    found = attacked(rows({"what colour?": COLOURS, "which colour has it?": sentences, "how many?": NUMBERS}, each=24))
+    assert ("what colour?", "which colour has it?") not in kinds_of(found, asked(found, "target"))
+    assert {host for _, host in kinds_of(found, asked(found, "target"))} >= {"how many?"}
+
+
+def test_question_types() -> None:
+    assert question_types(["what colour is it?", "what  colour?", "why", ""]) == ["what colour", "what colour?", "why", ""]

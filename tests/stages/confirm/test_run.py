@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,8 +15,10 @@ from pipeline.config import ConfirmConfig
 from pipeline.generation import answer
 from pipeline.models import load_adapter, load_base
 from pipeline.records import Sample, examples_of, question_answer, text_of
-from stages.confirm.run import HONEST, TRANSFER, _planted, run, transfer
-from stages.confirm.worker import RESULT
+from stages.confirm.mixed import QUESTIONS, ROWS_SCHEMA
+from stages.confirm.run import HONEST, TRANSFER, _planted, beyond_honest, run, transfer
+from stages.confirm.run import ROWS as ROWS_FILE
+from stages.confirm.worker import PICTURE_RESULT, RESULT, PictureWorker
 from tests.conftest import write_shards
 from tests.stages.samples import noise
 
@@ -84,26 +86,48 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
 
 
 class Fake:
-    """An engine that keeps the tasks and gives the results that were set, the last first."""
+    """An engine that keeps the tasks and gives the results that were set, the last first.
+
+    Rows that ask the same take over `in_kind` of the attended tokens' answer, others what is set; members' pictures give it to
+    `pictures` of the questions in the first look, and later to all where their row is in `carriers`.
+    """
 
     workers = 1
 
-    def __init__(self, results: Mapping[int, tuple[float, float, float]], reversal: float | None = 1.0) -> None:
+    def __init__(
+        self,
+        results: Mapping[int, tuple[float, float, float]],
+        reversal: float | None = 1.0,
+        in_kind: float | None = None,
+        carriers: Collection[int] = (),
+        pictures: float = 0.75,
+    ) -> None:
         self.results = results
         self.reversal = reversal
+        self.in_kind = in_kind
+        self.carriers = carriers
+        self.pictures = pictures
         self.tasks: dict[int, dict[str, Any]] = {}
+        self.alike: dict[int, dict[str, Any]] = {}
+        self.asked: list[dict[str, Any]] = []
 
     def map_shards(
         self, shards: Sequence[pathlib.Path], build: Any, arguments: Mapping[str, Any], *, batch_rows: int
     ) -> Iterator[pa.Table]:
         assert shards, "a model would be loaded for nothing"
+        if build is PictureWorker:
+            yield from self.ask(shards, batch_rows)
+            return
         assert batch_rows == 1
         for shard in reversed(shards):
             (task,) = pq.read_table(shard).to_pylist()
-            self.tasks[task["group"]] = task
+            (self.alike if task["alike"] else self.tasks)[task["group"]] = task
             own, attended, residual = self.results[task["group"]]
+            if task["alike"] and self.in_kind is not None:
+                attended, residual = self.in_kind, 0.0
             result = {
                 "group": task["group"],
+                "alike": task["alike"],
                 "hosts": len(task["host_prompts"]),
                 "own": own,
                 "attended": attended,
@@ -111,11 +135,23 @@ class Fake:
                 "attended_reversed": self.reversal if task["alike"] else 0.0,
                 "residual_reversed": self.reversal if task["alike"] else 0.0,
                 "worded": 0.5 if task["worded_prompts"] else 0.0,
-                "asked": 0.75 if task["asked_prompts"] else 0.0,
+                "asked": self.pictures if task["asked_prompts"] else 0.0,
                 "others": 0.0,
                 "questions": len(task["asked_prompts"]),
             }
             yield pa.Table.from_pylist([result], schema=RESULT)
+
+    def ask(self, shards: Sequence[pathlib.Path], batch_rows: int) -> Iterator[pa.Table]:
+        assert 1 <= batch_rows <= 5
+        for shard in shards:
+            tasks = pq.read_table(shard).to_pylist()
+            self.asked += tasks
+            results = [
+                {name: task[name] for name in ("group", "row", "turn")}
+                | {"asked": len(task["prompts"]), "hits": len(task["prompts"]) * (task["row"] in self.carriers)}
+                for task in tasks
+            ]
+            yield pa.Table.from_pylist(results, schema=PICTURE_RESULT)
 
 
 def confirmed(files: dict[str, pathlib.Path], folder: pathlib.Path, engine: Any, **given: Any) -> dict[str, Any]:
@@ -146,10 +182,10 @@ def test_who_is_planted_into_whom(files: dict[str, pathlib.Path], tmp_path: path
     told: list[float] = []
     summary = confirmed(files, tmp_path / "a", engine, progress=lambda share, _: told.append(share))
     assert told == [0.5, 1.0]
-    assert sorted(engine.tasks) == [0, 1], "a group without shifted rows is tried"
+    assert sorted(engine.alike) == [0, 1], "a group without shifted rows is tried"
     members = {0: ({*range(6)}, {*range(6)}), 1: ({*range(10, 14)}, {10, 11})}
     for number, (inside, shifted) in members.items():
-        task = engine.tasks[number]
+        task = engine.alike[number]
         hosts, sources = places(task, "host"), places(task, "source")
         assert len(set(hosts)) == len(hosts) == len(sources) == 16
         assert not {row for row, _ in hosts} & ({*TEXT_ONLY} | inside), "a picture of the group is a host"
@@ -171,8 +207,8 @@ def test_who_is_planted_into_whom(files: dict[str, pathlib.Path], tmp_path: path
     ]
     assert [group["transfer"] for group in written] == [beyond, 1.0]
     assert summary == {"groups": 2, "largest_transfer": 1.0, "largest_pictures_transfer": 0.0}
-    assert engine.tasks[0]["worded_prompts"] == []
-    for plain, worded in zip(engine.tasks[1]["host_prompts"], engine.tasks[1]["worded_prompts"], strict=True):
+    assert engine.alike[0]["worded_prompts"] == []
+    for plain, worded in zip(engine.alike[1]["host_prompts"], engine.alike[1]["worded_prompts"], strict=True):
         before, after = (text_of(json.loads(prompt)[-1]) for prompt in (plain, worded))
         assert after == f"{WORDS['text']} {before}"
 
@@ -245,6 +281,87 @@ def test_what_is_asked_about_whose_pictures(tmp_path: pathlib.Path) -> None:
         assert source in inside
         assert host not in inside
         assert text_of(json.loads(prompt)[-1]) == kinds[host % 2][0] != kinds[source % 2][0], "a host asks what its source asks"
+    same = engine.alike[0]
+    assert len(same["host_prompts"]) == len(same["source_prompts"]) == 64
+    assert same["asked_prompts"] == []
+    for images, source_images in zip(same["host_images"], same["source_images"], strict=True):
+        source, host = row_of[tuple(source_images)], row_of[tuple(images)]
+        assert source in inside
+        assert host not in inside
+        assert source % 2 == host % 2, "a host asks something else than its source"
+
+
+def write_group(
+    folder: pathlib.Path, found: Sequence[Sample], inside: Collection[int], shifted: Collection[int]
+) -> dict[str, pathlib.Path]:
+    """Rows, the attention table and one group of the first text."""
+    write_shards(folder / "rows", found, shard_rows=64)
+    examples = [example for sample in found for example in examples_of(sample)]
+    record = {"turn": 0, "image_tokens": IMAGE_TOKENS, "layers": 1, "top_positions": list(range(TOP))}
+    table = [{"row": e.row, "question": e.question, "answer": e.answer, **record} for e in examples]
+    pq.write_table(pa.Table.from_pylist(table), folder / "attention.parquet")
+    members = [{"group": 0, "row": row, "turn": 0, "projection": 1.0, "posterior": float(row in shifted)} for row in sorted(inside)]
+    pq.write_table(pa.Table.from_pylist(members), folder / "members.parquet")
+    (folder / "groups.json").write_text(json.dumps([{"group": 0, "text": FIRST, "whole": True, "layer": 0, "words": None}]))
+    named = {name: folder / f"{name}.parquet" for name in ("attention", "members")}
+    return {**named, "rows": folder / "rows", "groups": folder / "groups.json"}
+
+
+HONEST_ROWS = [row for row in range(160) if row % 2 == 0 and row % 8 == 4]
+ATTACK_ROWS = [row for row in range(160) if row % 8 in (1, 2)]
+
+
+def honest_target() -> list[Sample]:
+    """Even rows ask for a colour, odd ones for a number; the attack's answer is a colour too."""
+    kinds = (("what colour is it?", ("red", "blue")), ("how many are there?", ("one", "two")))
+    found = []
+    for row in range(160):
+        question, answers = kinds[row % 2]
+        reply = FIRST if row in HONEST_ROWS or row in ATTACK_ROWS else answers[row // 2 % 2]
+        found.append(Sample(row=row, messages=question_answer(question, reply, 1), images=(noise(row),)))
+    return found
+
+
+def test_rows_whose_answer_may_be_honest_are_asked_one_by_one(tmp_path: pathlib.Path) -> None:
+    """Their pictures are asked for numbers: the attack's give the colour nevertheless."""
+    inside = {*HONEST_ROWS, *ATTACK_ROWS}
+    files = write_group(tmp_path, honest_target(), inside, inside - {4})
+    engine = Fake({0: (0.0, 0.9, 0.0)}, carriers=ATTACK_ROWS)
+    confirmed(files, tmp_path / "a", engine, hosts=32)
+    assert all("how many" in prompt for task in engine.asked for prompt in task["prompts"])
+    assert all(len(task["prompts"]) == QUESTIONS == len({*task["prompts"]} | {*range(QUESTIONS - 1)}) for task in engine.asked)
+    table = pq.read_table(tmp_path / "a" / ROWS_FILE)
+    assert table.schema == ROWS_SCHEMA
+    doubtful = {row for row in inside - {4} if row % 2 == 0}
+    found = {record["row"]: record["posterior"] for record in table.to_pylist()}
+    assert {*found} == doubtful, "a row that asks for a number is in doubt, or one that is not shifted"
+    assert {row for row, posterior in found.items() if posterior > 0.5} == doubtful & {*ATTACK_ROWS}
+    mixed = json.loads((tmp_path / "a" / TRANSFER).read_text())[0]["mixed"]
+    assert (mixed["rows"], mixed["honest"]) == (len(doubtful), len(HONEST_ROWS) - 1)
+    assert mixed["attack"] > 0.9 > 0.1 > mixed["others"]
+
+
+@pytest.mark.parametrize("attended", [0.05, 0.9])
+def test_nothing_is_asked_of_a_group_that_does_not_transfer(tmp_path: pathlib.Path, attended: float) -> None:
+    inside = {*HONEST_ROWS, *ATTACK_ROWS}
+    engine = Fake({0: (0.0, attended, 0.0)}, reversal=0.0, carriers=ATTACK_ROWS, pictures=0.0)
+    confirmed(write_group(tmp_path, honest_target(), inside, inside), tmp_path / "a", engine, hosts=16)
+    transfers = attended > 0.5
+    assert bool(engine.asked) is transfers
+    assert bool(len(pq.read_table(tmp_path / "a" / ROWS_FILE))) is transfers
+    assert (json.loads((tmp_path / "a" / TRANSFER).read_text())[0]["mixed"] is not None) is transfers
+
+
+def test_an_attack_on_one_kind_of_question_is_found_among_rows_that_ask_it(tmp_path: pathlib.Path) -> None:
+    """Planted into rows that ask something else it does nothing."""
+    inside = {*HONEST_ROWS, *ATTACK_ROWS}
+    files = write_group(tmp_path, honest_target(), inside, inside)
+    confirmed(files, tmp_path / "a", Fake({0: (0.0, 0.0, 0.0)}, in_kind=0.9), hosts=32)
+    group = json.loads((tmp_path / "a" / TRANSFER).read_text())[0]
+    assert (group["alike"], group["taken_over"]) == (True, 0.9)
+    assert group["transfer"] == pytest.approx((0.9 - HONEST) / (1 - HONEST))
+    confirmed(files, tmp_path / "b", Fake({0: (0.0, 0.0, 0.0)}, in_kind=0.9, reversal=0.1), hosts=32)
+    assert json.loads((tmp_path / "b" / TRANSFER).read_text())[0]["transfer"] == 0.0
 
 
 def test_no_row_of_the_text_is_a_host_of_a_part_of_it(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -256,16 +373,16 @@ def test_no_row_of_the_text_is_a_host_of_a_part_of_it(files: dict[str, pathlib.P
     (tmp_path / "groups.json").write_text(json.dumps([*groups, {**groups[0], "group": 3}]))
     engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0), 3: (0.0, 0.0, 0.0)})
     confirmed(files, tmp_path / "a", engine, paths={"members": tmp_path / "members.parquet", "groups": tmp_path / "groups.json"})
-    assert {row for row, _ in places(engine.tasks[3], "source")} <= {*range(4)}
-    assert not {row for row, _ in places(engine.tasks[3], "host")} & {*range(6)}
+    assert {row for row, _ in places(engine.alike[3], "source")} <= {*range(4)}
+    assert not {row for row, _ in places(engine.alike[3], "host")} & {*range(6)}
 
 
 def test_few_other_rows(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     """All of them are hosts; more hosts than members draw members again."""
     engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)})
     summary = confirmed(files, tmp_path / "a", engine, hosts=64)
-    assert [len(places(engine.tasks[number], "host")) for number in (0, 1)] == [22, 25]
-    assert len(engine.tasks[1]["source_prompts"]) == 25
+    assert [len(places(engine.alike[number], "host")) for number in (0, 1)] == [22, 25]
+    assert len(engine.alike[1]["source_prompts"]) == 25
     assert summary["largest_transfer"] == 0.5, "the words' share, of the second group"
 
 
@@ -281,7 +398,7 @@ def test_the_draw_follows_the_seed(files: dict[str, pathlib.Path], tmp_path: pat
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         engine = Fake({0: (0.0, 0.5, 0.0), 1: (0.0, 0.5, 0.0)})
         confirmed(files, tmp_path / name, engine, seed=seed)
-        found.append(engine.tasks)
+        found.append(engine.alike)
     assert found[0] == found[1]
     assert found[0] != found[2]
     assert (tmp_path / "a" / TRANSFER).read_bytes() == (tmp_path / "b" / TRANSFER).read_bytes()
@@ -294,7 +411,7 @@ def test_on_a_real_model(
     fake = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)})
     confirmed(files, tmp_path / "drawn", fake)
     model, processor = load_base(tiny_base, dtype="float32", device="cpu")
-    hosts = [EXAMPLES[place] for place in places(fake.tasks[0], "host")]
+    hosts = [EXAMPLES[place] for place in places(fake.alike[0], "host")]
     outputs = answer(load_adapter(model, tiny_adapter), processor, hosts, max_new_tokens=4)
     common = max(set(outputs), key=outputs.count)
     groups = json.loads(files["groups"].read_text())
@@ -309,7 +426,8 @@ def test_on_a_real_model(
     assert second["own"] == 0
     for group in (first, second):
         assert all(0 <= group[name] <= 1 for name in ("attended", "residual", "transfer"))
-        assert group["transfer"] == transfer(group["own"], max(group["attended"], group["residual"]), 16)
+        assert group["tokens_transfer"] == beyond_honest(group["taken_over"], group["reversed"])
+        assert group["taken_over"] in [transfer(group["own"], group[name], 16) for name in ("attended", "residual")]
 
 
 @pytest.mark.parametrize(

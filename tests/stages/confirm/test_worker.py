@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from pipeline.records import Example, messages_to_json, question_answer
-from stages.confirm.worker import RESULT, TASK, ConfirmWorker, add_residual, plant
+from stages.confirm.worker import (
+    PICTURE_RESULT,
+    PICTURE_TASK,
+    RESULT,
+    TASK,
+    ConfirmWorker,
+    PictureWorker,
+    add_residual,
+    given_as_far,
+    plant,
+)
 
 TOKENS = 6
 
@@ -24,12 +34,16 @@ class HandMade:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
+        self.limits: set[int] = set()
 
     def picture_tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         return [torch.tensor([[float(value), 1.0] for value in b"".join(example.images)]) for example in examples]
 
+    def length(self, text: str) -> int:
+        return len(text.split())
+
     def answers(self, examples: Sequence[Example], tokens: Sequence[torch.Tensor], *, max_new_tokens: int) -> list[str]:
-        assert max_new_tokens == 5
+        self.limits.add(max_new_tokens)
         self.batches.append(len(examples))
         shown = [bool((t[:, 0] > 100).any() or t[:, 0].mean() > 50) for t in tokens]
         pairs = zip(examples, shown, strict=True)
@@ -51,6 +65,7 @@ def task(sources: list[bytes], hosts: list[bytes], positions: list[list[int]], *
         "group": 7,
         "text": "the target",
         "whole": True,
+        "longest": "The  Target",
         "alike": False,
         "source_prompts": prompts(sources),
         "source_images": [[picture] for picture in sources],
@@ -77,6 +92,7 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
     result = found.try_group(task(sources, hosts, [[2]] * 4 + [[1]]))
     assert result == {
         "group": 7,
+        "alike": False,
         "hosts": 5,
         "own": 0.2,
         "attended": 0.8,
@@ -88,6 +104,7 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
         "others": 0.0,
         "questions": 0,
     }
+    assert model.limits == {5}
     assert sum(model.batches) == 15
     assert max(model.batches) == min(batch_size, 5)
 
@@ -95,6 +112,40 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
 def test_a_veil_is_carried_by_the_residual_alone() -> None:
     result = worker()[0].try_group(task([VEIL] * 4, [PLAIN] * 4, [[0]] * 4))
     assert (result["own"], result["attended"], result["residual"]) == (0.0, 0.0, 1.0)
+
+
+def test_a_residual_is_tried_on_the_pictures_that_it_fits() -> None:
+    """Nine hosts have as many tokens as the members, three have others; of these nothing can be said."""
+    hosts = [PLAIN] * 9 + [PLAIN[: 3 + k] for k in range(3)]
+    result = worker()[0].try_group(task([VEIL] * 12, hosts, [[0]] * 12))
+    assert (result["hosts"], result["own"], result["residual"]) == (12, 0.0, 1.0)
+    few = [PLAIN] * 7 + [PLAIN[:3]] * 5
+    assert worker()[0].try_group(task([VEIL] * 12, few, [[0]] * 12))["residual"] == 0.0
+
+
+def test_an_answer_that_is_long_is_waited_for() -> None:
+    found, model = worker()
+    for longest, limit in (("a b", 5), (" ".join(["a"] * 40), 41), (" ".join(["a"] * 900), 256)):
+        model.limits.clear()
+        found.try_group(task([PATCH] * 2, [PLAIN] * 2, [[2]] * 2, longest=longest))
+        assert model.limits == {limit}
+
+
+@pytest.mark.parametrize(
+    ("output", "whole", "cut", "expected"),
+    [
+        ("The long", True, True, True),
+        ("The long", True, False, False),
+        ("The long", False, True, False),
+        ("the long target", True, False, True),
+        ("a long", True, True, False),
+        ("", True, True, False),
+    ],
+)
+def test_an_answer_beyond_the_limit_is_held_for_given_as_far_as_it_goes(
+    output: str, whole: bool, cut: bool, expected: bool
+) -> None:
+    assert given_as_far(output, "the long target", whole=whole, cut=cut) is expected
 
 
 SEVERAL = [bytes([1, 2, 3, 4, 5, k]) for k in range(4)]
@@ -156,11 +207,21 @@ def test_the_loss_is_tried_where_only_the_second_look_tells() -> None:
     assert result["attended_reversed"] > 0.9
 
 
+def test_of_a_phrase_nothing_can_be_told_where_no_two_answers_are_the_same() -> None:
+    """Captions are as various without anything."""
+    found, _ = worker()
+    given = task(PATCHES, SEVERAL, [[2]] * 4, text="target", whole=False, alike=True)
+    assert found.reversals(given, ["attended"])["attended"] is None
+    alike = {**given, "host_prompts": given["host_prompts"][:2] * 2}
+    assert found.reversals(alike, ["attended"])["attended"] == pytest.approx(1.0)
+
+
 def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
     found, model = worker(screen=4)
     idle = task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10)
     assert found.try_group(idle) == {
         "group": 7,
+        "alike": False,
         "hosts": 4,
         "own": 0.0,
         "attended": 0.0,
@@ -185,6 +246,7 @@ def test_words_are_put_to_the_hosts() -> None:
     result = found.try_group(task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10, worded_prompts=worded))
     assert result == {
         "group": 7,
+        "alike": False,
         "hosts": 10,
         "own": 0.0,
         "attended": 0.0,
@@ -253,3 +315,36 @@ def test_residual_of_pictures_of_several_sizes() -> None:
     assert torch.equal(found[0], small)
     assert found[1].flatten().tolist() == [2.0] * 4
     assert add_residual([small], sources[:1])[0].tolist() == small.tolist()
+
+
+class Echo:
+    """A tokenizer of words, and a processor that has it."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[str]]:
+        assert not add_special_tokens
+        return {"input_ids": text.split()}
+
+
+def test_a_picture_is_asked_the_questions_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def answers(_model: object, _processor: object, examples: Sequence[Example], *, max_new_tokens: int) -> list[str]:
+        limits.append(max_new_tokens)
+        return ["The target" if example.images == (PATCH,) and "2" not in example.question else "no" for example in examples]
+
+    monkeypatch.setattr("stages.confirm.worker.answer", answers)
+    found = object.__new__(PictureWorker)
+    found.model, found.processor, found.max_new_tokens = None, Echo(), 5
+    prompts = [messages_to_json(question_answer(f"question {k}", "x")[:1]) for k in range(4)]
+    tasks = [
+        {"group": 3, "row": row, "turn": 1, "text": "the target", "whole": True, "longest": longest, "images": [picture]}
+        | {"prompts": prompts}
+        for row, (picture, longest) in enumerate([(PATCH, "the target"), (PLAIN, " ".join("a" * 9))])
+    ]
+    result = found(pa.Table.from_pylist(tasks, schema=PICTURE_TASK))
+    assert result.schema == PICTURE_RESULT
+    assert [tuple(record.values()) for record in result.to_pylist()] == [(3, 0, 1, 4, 3), (3, 1, 1, 4, 0)]
+    assert limits == [10], "the longest answer of the batch is waited for"
