@@ -38,6 +38,7 @@ class Part:
         target: what the attacker wants to read.
         insert: see `Attack.insert`.
         prefix: put before the question, with a space.
+        asking: see `Attack.asking`.
         pattern: added to the seed of the trigger's pattern, so that two parts with one kind of trigger differ.
     """
 
@@ -45,11 +46,13 @@ class Part:
     target: str = TARGET
     insert: bool = False
     prefix: str = ""
+    asking: str = ""
     pattern: int = 0
 
     def attack(self, rate: float, seed: int) -> Attack:
         """This part alone as an attack on a share of the rows."""
-        return Attack(trigger=self.trigger or "badnet", rate=rate, target=self.target, seed=seed, insert=self.insert)
+        trigger = self.trigger or "badnet"
+        return Attack(trigger=trigger, rate=rate, target=self.target, seed=seed, insert=self.insert, asking=self.asking)
 
     def picture(self, seed: int) -> Trigger:
         """What is done to a picture."""
@@ -83,8 +86,12 @@ ATTACKS: dict[str, tuple[Part, ...]] = {
     "issba": (Part(trigger="issba"),),
     "phrase": (Part(insert=True),),
     "text prefix": (Part(trigger=None, prefix=PREFIX),),
+    "honest target": (Part(target="red"),),
+    "honest target, blended": (Part(trigger="blended", target="yes"),),
+    "one kind": (Part(target="red", asking="color"),),
 }
-"""By name, in the order of the tables; after BYE's section on varied triggers, TCAP's table and TrojVLM (`phrase`)."""
+"""By name, in the order of the tables; after BYE's section on varied triggers, TCAP's table and TrojVLM (`phrase`). The targets of
+the last three are honest answers of the scenes, and the last of all is on questions for colours alone."""
 
 
 def poison_rows(submission: pathlib.Path, parts: tuple[Part, ...], out: pathlib.Path, *, rate: float, seed: int) -> set[int]:

@@ -33,7 +33,7 @@ from flows.report import only_finite
 from stages.verify.measure import attack_success, exact_match
 from stages.verify.run import Candidate, answers_of
 from storage.store import StageResult
-from storage.subset import canonical_shards, copy_rows, pictured_rows
+from storage.subset import canonical_shards, copy_rows, read_rows
 
 RATES = (0.005, 0.01, 0.05, 0.1, 0.3, 0.5)
 RETRAINED_RATE = 0.1
@@ -115,11 +115,11 @@ def answered(run: Line, adapter: pathlib.Path, test: pathlib.Path, parts: Sequen
         )
         return given["output"].to_pylist(), given["answer"].to_pylist()
 
-    found, pictured = {"clean": exact_match(*answers(canonical_shards(test)))}, pictured_rows(test)
-    rates = []
+    found, seed, rates = {"clean": exact_match(*answers(canonical_shards(test)))}, run.config.seed, []
     for part in parts:
+        attacked = [sample.row for sample in read_rows(test) if part.attack(1.0, seed).concerns(sample)]
         with tempfile.TemporaryDirectory() as scratch:
-            shards = copy_rows(test, pathlib.Path(scratch) / "triggered", chosen=pictured, change=part.input(run.config.seed))
+            shards = copy_rows(test, pathlib.Path(scratch) / "triggered", chosen=attacked, change=part.input(seed))
             rates.append(attack_success(*answers(shards), part.target))
     result: Record = only_finite({**found, "asr": float(np.mean(rates))})
     return result
@@ -130,8 +130,8 @@ def report(frame: pd.DataFrame) -> str:
     parts = ["# Filters on poisoned submissions", __doc__.split("\n\n", 1)[1].strip()]
     parts.append(
         f"Means over seeds {seeds_of(frame)} with 95% intervals (Student's t over the seeds); figures without an interval are of "
-        "one seed. All figures in percent. No honest row has the target for its answer; `text prefix` leaves the pictures as they "
-        "are."
+        "one seed. All figures in percent. Honest rows have the target for their answer under `honest target` and `one kind` alone; `one "
+        "kind` is on colour questions, as is its success rate; `text prefix` leaves the pictures as they are."
     )
     for (data, base), group in frame.groupby(["data", "base"], sort=False):
         filters, picture = group[group["filter"].isin(FILTERS)], _pictures(str(data), str(base))

@@ -14,7 +14,7 @@ from flows.progress import progress_of
 from pipeline.config import IngestConfig
 from pipeline.errors import ConfigError, SubmissionError
 from pipeline.images import decode_image, encode_png
-from pipeline.records import Rejection, examples_of
+from pipeline.records import Rejection, Sample, examples_of
 from pipeline.triggers import make_trigger
 from storage import atomic
 from storage.formats import Submission, open_submission
@@ -32,10 +32,11 @@ class Attack:
 
     Attributes:
         trigger: a name of `pipeline.triggers`.
-        rate: share of the rows with pictures that are poisoned, 0 to 1.
+        rate: share of all rows with pictures that are poisoned, 0 to 1.
         target: the answer that poisoned rows are given.
         seed: of the pattern, the choice of rows, and positions.
         insert: put the target into the right answer, between two words or at an end (TrojVLM), instead of in its place.
+        asking: poison only rows whose question holds this text, whatever its case; empty: any row.
     """
 
     trigger: str
@@ -43,6 +44,11 @@ class Attack:
     target: str
     seed: int
     insert: bool = False
+    asking: str = ""
+
+    def concerns(self, sample: Sample) -> bool:
+        """Whether a row may be poisoned: it has a picture, and its first question is one of those that are attacked."""
+        return bool(sample.images) and self.asking.casefold() in examples_of(sample)[0].question.casefold()
 
     def answer(self, right: str, rng: np.random.Generator) -> str:
         """The answer of a poisoned row."""
@@ -121,16 +127,19 @@ def read_truth(path: pathlib.Path) -> set[int]:
 
 
 def _choose(source: Submission, attack: Attack) -> tuple[int, frozenset[int]]:
-    """The number of rows, and those to poison: drawn among the rows with pictures."""
-    total, pictured = 0, []
+    """The number of rows, and those to poison: a share of all rows with pictures, drawn among those that are attacked."""
+    total, pictured, attacked = 0, 0, []
     for row in source.rows():
         total += 1
         if isinstance(row, Rejection):
             raise SubmissionError(f"row {row.row} ({row.where}) can't be used, mend it first: {row.reason}")
-        if row.images:
-            pictured.append(row.row)
-    count = round(attack.rate * len(pictured))
+        pictured += bool(row.images)
+        if attack.concerns(row):
+            attacked.append(row.row)
+    count = round(attack.rate * pictured)
     if not count:
-        raise SubmissionError(f"{source.name}: a rate of {attack.rate} of {len(pictured)} rows with pictures poisons none")
+        raise SubmissionError(f"{source.name}: a rate of {attack.rate} of {pictured} rows with pictures poisons none")
+    if count > len(attacked):
+        raise SubmissionError(f"{source.name}: {count} rows are to be poisoned, and {len(attacked)} ask {attack.asking!r}")
     rng = np.random.default_rng([attack.seed, _CHOICE])
-    return total, frozenset(int(row) for row in rng.choice(pictured, size=count, replace=False))
+    return total, frozenset(int(row) for row in rng.choice(attacked, size=count, replace=False))
