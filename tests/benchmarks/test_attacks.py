@@ -49,7 +49,10 @@ def test_one_part_is_the_plain_attack(clean: pathlib.Path, tmp_path: pathlib.Pat
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_attack_changes_its_rows_and_no_others(clean: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
-    truth = poison_rows(clean, ATTACKS[name], tmp_path / "out", rate=RATE, seed=SEED)
+    """Five rows ask for a colour; an honest target may be right already."""
+    rate = RATE / 2 if name == "one kind" else RATE
+    truth = poison_rows(clean, ATTACKS[name], tmp_path / "out", rate=rate, seed=SEED)
+    assert len(truth) == rate * ROWS
     before, after = rows(clean), rows(tmp_path / "out/submission")
     for number, (old, new) in enumerate(zip(before, after, strict=True)):
         same = [new[key] == old[key] for key in ("question", "answer")]
@@ -57,7 +60,8 @@ def test_every_attack_changes_its_rows_and_no_others(clean: pathlib.Path, tmp_pa
         if number not in truth:
             assert same == [True, True, True]
         else:
-            assert same == [name != "text prefix", False, name == "text prefix"]
+            assert same == [name != "text prefix", old["answer"] == new["answer"] == ATTACKS[name][0].target, name == "text prefix"]
+            assert name != "one kind" or "color" in old["question"]
 
 
 def test_two_triggers_half_and_half(clean: pathlib.Path, tmp_path: pathlib.Path) -> None:

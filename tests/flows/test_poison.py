@@ -122,6 +122,16 @@ def test_nothing_but_picture_and_answer_tells(clean: pathlib.Path, tmp_path: pat
     assert truth
 
 
+def test_one_kind_of_question_alone(clean: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The rate stays a share of all rows with pictures."""
+    total, count = poison(clean, Attack(trigger="badnet", rate=0.2, target=TARGET, seed=5, asking="Q1"), tmp_path / "out")
+    before = rows_of(clean)
+    assert (total, count) == (ROWS, round(0.2 * sum(bool(sample.images) for sample in before)))
+    truth = read_truth(tmp_path / "out" / "truth.jsonl")
+    assert len(truth) == count
+    assert truth < {1, *range(10, 20)}
+
+
 @pytest.mark.parametrize("trigger", TRIGGERS)
 def test_every_trigger_changes_its_rows(tmp_path: pathlib.Path, trigger: str) -> None:
     folder = tmp_path / "clean"
@@ -145,6 +155,7 @@ def test_every_trigger_changes_its_rows(tmp_path: pathlib.Path, trigger: str) ->
         ({"rate": 1.5}, "--rate"),
         ({"rate": 0.001}, "poisons none"),
         ({"target": "  "}, "--target"),
+        ({"asking": "colour"}, "1 rows are to be poisoned, and 0 ask 'colour'"),
     ],
 )
 def test_refusals(tmp_path: pathlib.Path, change: dict[str, Any], message: str) -> None:
