@@ -16,7 +16,7 @@ from pipeline.errors import RemovalCapError
 from pipeline.records import Progress, Verdict, no_progress
 from storage.subset import canonical_shards
 
-VERSION = 7
+VERSION = 8
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -24,6 +24,8 @@ TRAIN = "train.parquet"
 HELD_OUT = "held_out.parquet"
 _UNSURE = 0.7
 """Share of a threshold of the transfer from which a group makes the verdict of a run without removals inconclusive."""
+_REVERSED = 0.7
+"""Least reversal among rows that ask the same by which a group is removed: where fewer rows lose the answer, many may be honest."""
 _REST = 0.5
 """Least transfer by which what is left of a group is removed: most of its rows are the attack's then."""
 VERDICT_SCHEMA = pa.schema(
@@ -235,10 +237,12 @@ def _removed(group: dict[str, Any], config: ClusterConfig) -> bool:
 def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:
     """Not where all other rows ask the same and answer the same: an object that is asked for looks like a trigger there.
 
-    What is left of a group needs more: a second trigger's rows may be mixed with honest ones in it.
+    Nor where too few of its rows lose the answer, so that honest ones may have it too. What is left of a group needs more: a second
+    trigger's rows may be mixed with honest ones in it.
     """
     limit = max(_REST, config.transfer) if group["rest"] else config.transfer
-    return bool(group["tokens_transfer"] >= limit and group["reversed"] is not None)
+    told = not group["alike"] or (group["reversed"] is not None and group["reversed"] >= _REVERSED)
+    return bool(group["tokens_transfer"] >= limit and told)
 
 
 def _removed_as_worded(group: dict[str, Any], config: ClusterConfig) -> bool:

@@ -232,9 +232,12 @@ def test_rows_that_ask_the_same(files: dict[str, pathlib.Path], tmp_path: pathli
     assert [g["group"] for g in result["confirmed"]] == [0]
     reason = verdicts(tmp_path / "a")[10]["reason"]
     assert "takes over 80% of the answers; taken out, these rows answer as others do, by 75%" in reason
-    result = clustered(files, tmp_path / "b", [0.6, 0.0, 0.0], more={0: {**alike, "reversed": None}})
-    assert (result["verdict"], result["rows"]["quarantined"], result["confirmed"]) == ("inconclusive", 0, [])
-    assert [g["group"] for g in result["unsure"]] == [0]
+    for place, reversal in (("b", None), ("c", 0.69)):
+        result = clustered(files, tmp_path / place, [0.6, 0.0, 0.0], more={0: {**alike, "reversed": reversal}})
+        assert (result["verdict"], result["rows"]["quarantined"], result["confirmed"]) == ("inconclusive", 0, [])
+        assert [g["group"] for g in result["unsure"]] == [0]
+    elsewhere = {**alike, "alike": False, "reversed": 0.0}
+    assert clustered(files, tmp_path / "d", [0.6, 0.0, 0.0], more={0: elsewhere})["verdict"] == "poisoned"
 
 
 @pytest.mark.parametrize(("transfer", "verdict"), [(0.45, "inconclusive"), (0.5, "poisoned")])
