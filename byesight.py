@@ -21,6 +21,8 @@ from pipeline.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from flows.sanitize import Sanitized
     from pipeline.config import RunConfig
 
@@ -35,6 +37,7 @@ __all__ = [
     "SubmissionError",
     "__version__",
     "load_guarded",
+    "restore",
     "sanitize",
     "verify_delivery",
 ]
@@ -114,3 +117,23 @@ def verify_delivery(folder: pathlib.Path | str) -> dict[str, Any]:
     from storage.delivery import verify_delivery as verify
 
     return verify(pathlib.Path(folder))
+
+
+def restore(delivery: pathlib.Path | str, out: pathlib.Path | str, *, rows: Collection[int] | None = None) -> int:
+    """Write the kept rows of a delivery with removed rows put back in their old places, in the submitted format.
+
+    Args:
+        delivery: a delivery; it is verified first and stays as it is.
+        out: a new folder outside of it.
+        rows: the removed rows to put back, by their numbers in quarantine/reasons.jsonl; None: all, the rejected ones too.
+
+    Returns:
+        The number of rows put back.
+
+    Raises:
+        IntegrityError: the delivery is damaged.
+        SubmissionError: a row that was not removed, one that can't be copied whole, or `out` exists.
+    """
+    from storage.delivery import restore as put_back
+
+    return put_back(pathlib.Path(delivery), pathlib.Path(out), rows)

@@ -229,6 +229,34 @@ def verify_command(
     typer.echo(f"{delivery}: {len(manifest['files'])} files are what the manifest says")
 
 
+@app.command("restore")
+def restore_command(
+    delivery: Annotated[pathlib.Path, typer.Argument(metavar="DELIVERY", help="A delivery folder.", show_default=False)],
+    out: Annotated[
+        pathlib.Path, typer.Option("--out", metavar="FOLDER", help="A new folder outside of the delivery.", show_default=False)
+    ],
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--rows",
+            metavar="N",
+            help="A row to put back, by its number in quarantine/reasons.jsonl; give it again for more (default: all of them).",
+            show_default=False,
+        ),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write the kept rows of a delivery with removed rows put back in their old places, in the submitted format.
+
+    The delivery stays as it is, and its adapter has not seen the rows: what is written can be sanitized or fine-tuned on again.
+    """
+    with _reported(verbose=verbose):
+        import byesight
+
+        restored = byesight.restore(delivery, out, rows=rows)
+    typer.echo(f"{out}: the kept rows, and {restored} that were removed")
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[pathlib.Path, typer.Option("--out", metavar="DIR", help="Everything is written here.")] = pathlib.Path("demo"),

@@ -106,37 +106,59 @@ def restore(delivery: pathlib.Path, out: pathlib.Path, rows: Collection[int] | N
 
     Args:
         delivery: a delivery; it is verified first and stays as it is.
-        out: a new folder.
-        rows: the removed rows to put back; None: all.
+        out: a new folder outside of it.
+        rows: the removed rows to put back, quarantined or rejected; None: all.
 
     Returns:
         The number of rows put back.
 
     Raises:
-        IntegrityError: the delivery is damaged.
-        SubmissionError: a row that was not removed, or `out` exists.
+        IntegrityError: the delivery is damaged, or does not hold the rows that its verdicts name.
+        SubmissionError: a row that was not removed, one that can't be copied whole, or `out` exists or lies in the delivery.
     """
     manifest = verify_delivery(delivery)
     if out.exists():
         raise SubmissionError(f"{out.name}: already there; name a new folder")
-    config = IngestConfig.model_validate({"format": manifest["submission"]["format"]})
+    if out.absolute().resolve().is_relative_to(delivery.absolute().resolve()):
+        raise SubmissionError(f"{out.name}: it would lie in the delivery; name a folder outside of it")
+    config = _as_read(manifest, delivery.name)
     verdicts = pq.read_table(delivery / VERDICTS, columns=["verdict"])["verdict"].to_pylist()
-    wanted = set(range(len(verdicts))) if rows is None else set(rows)
-    picks: list[Pick] = [
-        "kept" if verdict in KEPT else "removed" if row in wanted else "left" for row, verdict in enumerate(verdicts)
-    ]
-    wrong = [row for row in wanted if rows is not None and (not 0 <= row < len(picks) or picks[row] == "kept")]
+    chosen = range(len(verdicts)) if rows is None else set(rows)
+    picks = [_pick(verdict, chosen=row in chosen) for row, verdict in enumerate(verdicts)]
+    wrong = [row for row in chosen if rows is not None and (not 0 <= row < len(picks) or picks[row] == "kept")]
     if wrong:
         raise SubmissionError(f"row {min(wrong)} is not in quarantine")
     kept = open_submission(delivery / DATASET, config)
+    removed = open_submission(delivery / ROWS, config) if (delivery / ROWS).is_dir() else None
+    for name, part, named in ((DATASET, kept, picks.count("kept")), (ROWS, removed, len(picks) - picks.count("kept"))):
+        held = 0 if part is None else part.count()
+        if held != named:
+            raise IntegrityError(f"{delivery.name}: {name} holds {held} rows, the verdicts name {named}")
     with atomic.staging(out.absolute().parent, f".{out.name}.partial-") as folder:
-        if (delivery / ROWS).is_dir():
-            kept.write_merged(open_submission(delivery / ROWS, config), picks, folder / "rows")
-        else:
+        if removed is None:
             kept.write_subset(range(len(picks)), folder / "rows")
+        else:
+            kept.write_merged(removed, picks, folder / "rows")
         if not atomic.commit_folder(folder / "rows", out):
             raise SubmissionError(f"{out.name}: already there; name a new folder")
-    return picks.count("removed")
+    return picks.count("removed") + picks.count("rejected")
+
+
+def _pick(verdict: str, *, chosen: bool) -> Pick:
+    if verdict in KEPT:
+        return "kept"
+    if not chosen:
+        return "left"
+    return "rejected" if verdict == Verdict.REJECTED else "removed"
+
+
+def _as_read(manifest: dict[str, Any], name: str) -> IngestConfig:
+    """How the run read the submission, with its limits: what was accepted under them can be copied under them."""
+    try:
+        limits = manifest["facts"]["configuration"]["ingest"]
+        return IngestConfig.model_validate({**limits, "format": manifest["submission"]["format"]})
+    except (LookupError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{name}: {MANIFEST} does not say how the submission was read (facts.configuration.ingest)") from error
 
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ HEAVY = ("prefect", "ray", "pyarrow", "sklearn")
 @pytest.mark.parametrize(
     "code",
     [
-        "import byesight; byesight.load_guarded; byesight.sanitize; byesight.verify_delivery; byesight.ModelError",
+        "from byesight import ModelError, load_guarded, restore, sanitize, verify_delivery",
         "import stages.guard.load",
         "import pipeline.attention",
     ],
@@ -45,6 +45,8 @@ def test_version_is_that_of_the_package() -> None:
 def test_errors_reach_the_caller(tmp_path: pathlib.Path) -> None:
     with pytest.raises(byesight.IntegrityError, match=r"manifest\.json"):
         byesight.verify_delivery(tmp_path)
+    with pytest.raises(byesight.IntegrityError, match=r"manifest\.json"):
+        byesight.restore(tmp_path, tmp_path / "out", rows=[1])
     with pytest.raises(byesight.ModelError, match="neither a delivery nor an adapter"):
         byesight.load_guarded(tmp_path)
     with pytest.raises(byesight.ByeSightError):

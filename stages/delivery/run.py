@@ -116,7 +116,7 @@ def _write_rows(source: Submission, table: pa.Table, folder: pathlib.Path) -> di
     (folder / VERDICTS).parent.mkdir()
     pq.write_table(table, folder / VERDICTS, compression="zstd")
     if removed:
-        source.write_subset(removed, folder / ROWS, strict=False)
+        source.write_subset(removed, folder / ROWS, rejected=[row for row in removed if verdicts[row] == Verdict.REJECTED])
         reasons = table["reason"].to_pylist()
         lines = [json.dumps({"row": row, "verdict": verdicts[row], "reason": reasons[row]}) + "\n" for row in removed]
         (folder / REASONS).write_text("".join(lines), encoding="utf-8")

@@ -45,8 +45,8 @@ class RowError(ValueError):
         self.kind = kind
 
 
-Pick = Literal["kept", "removed", "left"]
-"""Where the next row of a merge comes from; `left` is a removed row that stays out."""
+Pick = Literal["kept", "removed", "rejected", "left"]
+"""Where a merge's next row comes from: `rejected` is a removed one whose pictures may be missing, `left` one that stays out."""
 
 
 class Submission(Protocol):
@@ -70,13 +70,16 @@ class Submission(Protocol):
             SubmissionError: a file that can't be read on.
         """
 
-    def write_subset(self, rows: Collection[int], out: pathlib.Path, *, strict: bool = True) -> None:
+    def write_subset(self, rows: Collection[int], out: pathlib.Path, *, rejected: Collection[int] = ()) -> None:
         """Write some rows, untouched and in order, with the pictures they need, in the submitted format.
 
         Args:
             rows: positions.
             out: a folder that is made.
-            strict: a picture that can't be copied is a SubmissionError; otherwise it is left out (rejected rows).
+            rejected: those of them whose pictures are left out where they can't be copied.
+
+        Raises:
+            SubmissionError: another row that can't be copied whole; the message names it.
         """
 
     def write_changed(self, changes: Mapping[int, tuple[bytes, str]], out: pathlib.Path) -> None:
@@ -93,7 +96,11 @@ class Submission(Protocol):
         """
 
     def write_merged(self, removed: Self, picks: Sequence[Pick], out: pathlib.Path) -> None:
-        """Write the rows of this submission and of another of the same format, in the order of `picks`."""
+        """Write the rows of this submission and of another of the same format, in the order of `picks`.
+
+        Raises:
+            SubmissionError: a row that can't be copied whole; the message names it by its place in `picks`.
+        """
 
 
 _T = TypeVar("_T")

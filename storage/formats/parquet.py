@@ -65,7 +65,7 @@ class ParquetSubmission:
                     yield Rejection(row=row, reason=str(error), where=f"{name} row {index}")
                 row += 1
 
-    def write_subset(self, rows: Collection[int], out: pathlib.Path, *, strict: bool = True) -> None:  # noqa: ARG002 - pictures are in the rows
+    def write_subset(self, rows: Collection[int], out: pathlib.Path, *, rejected: Collection[int] = ()) -> None:  # noqa: ARG002 - pictures are in the rows
         """Write rows of the same values and schema, in files of the same names."""
         wanted, start = set(rows), 0
         for name in self.files:

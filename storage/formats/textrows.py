@@ -63,16 +63,18 @@ class TextSubmission:
             except RowError as error:
                 yield Rejection(row=raw.row, reason=str(error), where=raw.where)
 
-    def write_subset(self, rows: Collection[int], out: pathlib.Path, *, strict: bool = True) -> None:
+    def write_subset(self, rows: Collection[int], out: pathlib.Path, *, rejected: Collection[int] = ()) -> None:
         """Write rows as the bytes they are, and their pictures."""
-        wanted = set(rows)
-        self._write(((self, raw) for raw in self.file.raw_rows() if raw.row in wanted), out, strict=strict)
+        wanted, loose = set(rows), set(rejected)
+        self._write(((self, raw, raw.row not in loose) for raw in self.file.raw_rows() if raw.row in wanted), out)
 
     def write_merged(self, removed: TextSubmission, picks: Sequence[Pick], out: pathlib.Path) -> None:
         """Write the rows of two submissions in the order of `picks`."""
         kept = ((self, raw) for raw in self.file.raw_rows())
         others = ((removed, raw) for raw in removed.file.raw_rows())
-        self._write(merged(kept, others, picks), out, strict=False)
+        places = ((row, pick != "rejected") for row, pick in enumerate(picks) if pick != "left")
+        rows = zip(merged(kept, others, picks), places, strict=True)
+        self._write(((source, dataclasses.replace(raw, row=row), strict) for (source, raw), (row, strict) in rows), out)
 
     def write_changed(self, changes: Mapping[int, tuple[bytes, str]], out: pathlib.Path) -> None:
         """Write all rows, with every picture encoded and named anew."""
@@ -85,27 +87,31 @@ class TextSubmission:
         images = read_pictures(self.file.root, self.scheme.names_of(value), self.config)
         return make_sample(row, messages, images, self.config, images_first=self.scheme.IMAGES_FIRST)
 
-    def _write(self, rows: Iterable[tuple[TextSubmission, RawRow]], out: pathlib.Path, *, strict: bool) -> None:
+    def _write(self, rows: Iterable[tuple[TextSubmission, RawRow, bool]], out: pathlib.Path) -> None:
+        """Write rows with their pictures; the flag says whether a row must be copied whole."""
         out.mkdir(parents=True)
 
         def copied() -> Iterator[RawRow]:
-            for source, raw in rows:
+            for source, raw, strict in rows:
                 source._copy_pictures(raw, out, strict=strict)  # noqa: SLF001
                 yield raw
 
         self.file.write_raw(out / self.file.name, copied())
 
     def _copy_pictures(self, raw: RawRow, out: pathlib.Path, *, strict: bool) -> None:
+        names: list[str] = []
+        problems: list[Exception] = []
         try:
             names = self.scheme.names_of(self.file.parse(raw))
-        except RowError:
-            names = []
+        except RowError as error:
+            problems.append(error)
         for name in names:
             try:
                 self._copy_picture(name, out)
             except (RowError, OSError) as error:
-                if strict:
-                    raise SubmissionError(f"{raw.where}: a picture can't be copied: {error}") from error
+                problems.append(error)
+        if strict and problems:
+            raise SubmissionError(f"row {raw.row} ({raw.where}): it can't be copied: {problems[0]}") from problems[0]
 
     def _copy_picture(self, name: str, out: pathlib.Path) -> None:
         target = out.joinpath(*safe_parts(name))

@@ -22,10 +22,12 @@ from flows.cli import _interrupted, app
 from flows.poison import read_truth
 from pipeline.config import RunConfig
 from storage.delivery import verify_delivery
+from storage.manifests import hash_folder
 from tests.flows.conftest import ROWS, TARGET
+from tests.storage import deliveries
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = ("sanitize", "poison", "finetune", "evaluate", "verify", "demo")
+COMMANDS = ("sanitize", "poison", "finetune", "evaluate", "verify", "restore", "demo")
 
 
 def call(*arguments: str | pathlib.Path) -> Result:
@@ -66,7 +68,9 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert found.stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("arguments", [["sanitize"], ["nothing"], ["poison", "x", "--rate", "much"], ["demo", "--rows", "3"]])
+@pytest.mark.parametrize(
+    "arguments", [["sanitize"], ["nothing"], ["poison", "x", "--rate", "much"], ["restore", "x"], ["demo", "--rows", "3"]]
+)
 def test_wrong_usage_is_two(arguments: list[str]) -> None:
     assert call(*arguments).exit_code == 2
 
@@ -88,6 +92,7 @@ def test_refusals_of_each_command(tmp_path: pathlib.Path, tiny_base: pathlib.Pat
     refused(call("evaluate", tiny_base, "--data", submission, "--trigger", "sig"), "--target")
     refused(call("evaluate", tmp_path, "--data", submission), "neither a delivery")
     refused(call("verify", tmp_path), "manifest.json")
+    refused(call("restore", tmp_path, "--out", out), "manifest.json")
     refused(call("demo", "--out", poisoned), "no demonstration")
     assert not out.exists()
 
@@ -137,6 +142,8 @@ def test_the_whole_way(
     assert "submitted" in result.stdout
     assert "fine-tune on kept rows: done: nothing was removed" in result.stderr
     assert call("verify", delivery).exit_code == 0
+    assert call("restore", delivery, "--out", tmp_path / "restored").exit_code == 0
+    assert hash_folder(tmp_path / "restored") == hash_folder(delivery / "dataset")
 
     figures = tmp_path / "figures" / "found.json"
     evaluated = call(
@@ -162,6 +169,19 @@ def test_the_whole_way(
 
     (delivery / "dataset" / "metadata.jsonl").open("a").write("x")
     refused(call("verify", delivery), "changed: dataset/metadata.jsonl")
+
+
+def test_restore_command(tmp_path: pathlib.Path) -> None:
+    source, restored = deliveries.delivery(tmp_path / "delivery"), tmp_path / "restored"
+    result = call("restore", source, "--out", restored, "--rows", "4", "--rows", "1")
+    assert result.exit_code == 0, result.output
+    assert f"{restored}: the kept rows, and 2 that were removed" in result.stdout
+    assert deliveries.rows_of(restored) == [0, 1, 3, 4]
+    assert call("restore", source, "--out", tmp_path / "all").exit_code == 0
+    assert deliveries.rows_of(tmp_path / "all") == [0, 1, 2, 3, 4]
+    refused(call("restore", source, "--out", tmp_path / "wrong", "--rows", "3"), "row 3 is not in quarantine")
+    refused(call("restore", source, "--out", restored), "restored: already there")
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_poison_command(tmp_path: pathlib.Path, poisoned: pathlib.Path) -> None:

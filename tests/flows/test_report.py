@@ -84,6 +84,7 @@ def test_page_tells_what_matters(made: Made) -> None:
         "The guard",
         "Rows that could not be read",
         "load_guarded",
+        "byesight restore DELIVERY --out FOLDER",
     ):
         assert part in shown
     assert "12.5%" in shown  # the delivered model's residual

@@ -402,7 +402,7 @@ def test_bad_row(case: Case, tmp_path: pathlib.Path) -> None:
     source.write_subset([0, 2], tmp_path / "kept")
     kept = list(open_submission(tmp_path / "kept", IngestConfig(format=source.format)).rows())
     assert [row.sample_id for row in kept if isinstance(row, Sample)] == [before.sample_id, after.sample_id]
-    source.write_subset([1], tmp_path / "removed", strict=False)
+    source.write_subset([1], tmp_path / "removed", rejected=[1])
     (removed,) = open_submission(tmp_path / "removed", IngestConfig(format=source.format, **case.limits)).rows()
     assert isinstance(removed, Rejection)
     assert not (tmp_path / "removed" / "outside").exists()

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
-from collections.abc import Sequence
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import IngestConfig
 from pipeline.errors import ConfigError, IntegrityError, StageError, SubmissionError
 from storage import atomic
 from storage.delivery import KIND, check_place, commit_delivery, is_delivery, restore, verify_delivery
 from storage.manifests import hash_folder, to_json
+from tests.storage.deliveries import delivery, rows_of, sealed
 from tests.storage.submissions import imagefolder, qa
-
-VERDICTS = ("keep", "quarantine", "rejected", "not_scored", "quarantine")
-
-
-def delivery(folder: pathlib.Path, verdicts: Sequence[str] = VERDICTS, *, note: str = "") -> pathlib.Path:
-    """A delivery of five rows, made by hand."""
-    kept = [row for row, verdict in enumerate(verdicts) if verdict in ("keep", "not_scored")]
-    removed = [row for row in range(len(verdicts)) if row not in kept]
-    imagefolder(folder / "dataset", [qa(row) for row in kept], 5)
-    (folder / "quarantine").mkdir()
-    pq.write_table(pa.table({"row": range(len(verdicts)), "verdict": list(verdicts)}), folder / "quarantine/verdicts.parquet")
-    if removed:
-        imagefolder(folder / "quarantine/rows", [qa(row) for row in removed], 5)
-    (folder / "report.html").write_text(note)
-    manifest = {"kind": KIND, "files": hash_folder(folder), "submission": {"format": "imagefolder"}}
-    (folder / "manifest.json").write_bytes(to_json(manifest))
-    return folder
-
-
-def rows_of(folder: pathlib.Path) -> list[int]:
-    return [json.loads(line)["id"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -150,6 +129,54 @@ def test_a_restored_copy_overwrites_nothing(tmp_path: pathlib.Path) -> None:
             restore(out, place)
     assert verify_delivery(out)
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_rows_are_restored_under_the_limits_that_they_were_read_with(tmp_path: pathlib.Path) -> None:
+    """Pictures beyond the default limits, one kept, one quarantined: raised limits let them in, and let them out."""
+    out, size = delivery(tmp_path / "out"), IngestConfig().max_image_bytes + 1
+    for path in (out / "dataset/images/3.png", out / "quarantine/rows/images/4.png"):
+        os.truncate(path, size)
+    assert restore(sealed(out, max_image_bytes=size), tmp_path / "restored") == 3
+    assert [(tmp_path / f"restored/images/{row}.png").stat().st_size for row in (3, 4)] == [size, size]
+
+
+@pytest.mark.parametrize(("row", "part"), [(3, "dataset"), (4, "quarantine/rows")])
+def test_no_row_is_left_out_silently(row: int, part: str, tmp_path: pathlib.Path) -> None:
+    """Neither a kept nor a quarantined one, wherever its picture went; a rejected one may have none."""
+    out = delivery(tmp_path / "out")
+    (out / "quarantine/rows/images/2.png").unlink()
+    assert restore(sealed(out), tmp_path / "without") == 3
+    (out / part / f"images/{row}.png").unlink()
+    with pytest.raises(SubmissionError, match=rf"row {row} \(metadata\.jsonl line [23]\): it can't be copied: missing picture"):
+        restore(sealed(out), tmp_path / "restored")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "without"}
+
+
+def test_rows_that_the_verdicts_do_not_name(tmp_path: pathlib.Path) -> None:
+    for part, says in (("dataset", "holds 3 rows, the verdicts name 2"), ("quarantine/rows", "holds 4 rows, the verdicts name 3")):
+        out = delivery(tmp_path / part.replace("/", "-"))
+        with (out / part / "metadata.jsonl").open("ab") as file:
+            file.write(b'{"id": 9}\n')
+        with pytest.raises(IntegrityError, match=f"{part} {says}"):
+            restore(sealed(out), tmp_path / "restored")
+
+
+def test_how_the_submission_was_read_must_be_told(tmp_path: pathlib.Path) -> None:
+    out = delivery(tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    for facts in ({}, {"configuration": None}, {"configuration": {"ingest": {"max_pixel": 1}}}):
+        (out / "manifest.json").write_bytes(to_json({**manifest, "facts": facts}))
+        with pytest.raises(IntegrityError, match=r"out: manifest\.json does not say how the submission was read"):
+            restore(out, tmp_path / "restored")
+
+
+def test_a_restored_copy_lies_outside_of_the_delivery(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = delivery(tmp_path / "out")
+    monkeypatch.chdir(out)
+    for place in (out / "restored", out / "dataset/../new/inner", pathlib.Path("here")):
+        with pytest.raises(SubmissionError, match=f"{place.name}: it would lie in the delivery; name a folder outside of it"):
+            restore(out, place)
+    assert verify_delivery(out)
 
 
 def test_where_all_is_kept_nothing_can_be_put_back(tmp_path: pathlib.Path) -> None:

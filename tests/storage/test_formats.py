@@ -321,13 +321,27 @@ def test_a_named_format_settles_what_is_ambiguous(tmp_path: pathlib.Path) -> Non
 def test_a_kept_picture_that_vanished_is_an_error(tmp_path: pathlib.Path) -> None:
     source = imagefolder(tmp_path / "submission", [qa(0), qa(1)])
     (source / "images/1.png").unlink()
-    with pytest.raises(SubmissionError, match=r"metadata\.jsonl line 2: a picture can't be copied: missing picture"):
-        opened(source).write_subset([0, 1], tmp_path / "kept")
-    opened(source).write_subset([0, 1], tmp_path / "removed", strict=False)
+    with pytest.raises(SubmissionError, match=r"row 1 \(metadata\.jsonl line 2\): it can't be copied: missing picture"):
+        opened(source).write_subset([0, 1], tmp_path / "kept", rejected=[0])
+    opened(source).write_subset([0, 1], tmp_path / "removed", rejected=[1])
     assert len(raw_rows(tmp_path / "removed")) == 2
+
+
+def test_a_merged_row_is_named_by_its_place(tmp_path: pathlib.Path) -> None:
+    kept, removed = imagefolder(tmp_path / "kept", [qa(1), qa(2)]), imagefolder(tmp_path / "removed", [qa(0), qa(3)])
+    picks: list[Pick] = ["removed", "kept", "kept", "removed"]
+    (kept / "images/2.png").unlink()
+    (removed / "images/3.png").unlink()
+    with pytest.raises(SubmissionError, match=r"row 2 \(metadata\.jsonl line 2\): it can't be copied: missing picture"):
+        opened(kept).write_merged(opened(removed), picks, tmp_path / "merged")
+    (kept / "images/2.png").write_bytes(picture(2))
+    with pytest.raises(SubmissionError, match=r"row 3 \(metadata\.jsonl line 2\): it can't be copied: missing picture"):
+        opened(kept).write_merged(opened(removed), picks, tmp_path / "again")
+    opened(kept).write_merged(opened(removed), [*picks[:3], "rejected"], tmp_path / "whole")
+    assert len(raw_rows(tmp_path / "whole")) == 4
 
 
 def test_a_row_cannot_overwrite_the_rows(tmp_path: pathlib.Path) -> None:
     source = imagefolder(tmp_path / "submission", [qa(0, file_name="metadata.jsonl"), qa(1)])
-    opened(source).write_subset([0], tmp_path / "removed", strict=False)
+    opened(source).write_subset([0], tmp_path / "removed", rejected=[0])
     assert raw_rows(tmp_path / "removed") == raw_rows(source)[:1]

@@ -22,6 +22,7 @@ from tests.storage.submissions import cell, imagefolder, llava, parquet, qa, tal
 
 VERDICTS = ["keep", "quarantine", "rejected", "not_scored", "keep", "quarantine"]
 KEPT, REMOVED = [0, 3, 4], [1, 2, 5]
+AS_READ = {"configuration": {"ingest": IngestConfig().model_dump()}}
 BUILDS: dict[str, Callable[[pathlib.Path], pathlib.Path]] = {
     "imagefolder": lambda folder: imagefolder(folder, [qa(0), qa(1), qa(2, answer=""), qa(3), qa(4), qa(5)], 6),
     "llava": lambda folder: llava(folder, [talk(0), talk(1), talk(2, image="../x"), talk(3), talk(4), talk(5)], 6, array=True),
@@ -70,7 +71,8 @@ def all_parts(tmp_path: pathlib.Path, name: str) -> dict[str, Any]:
         "adapter": adapter_folder(tmp_path / "adapter"),
         "report_html": tmp_path / "report.html",
         "report_json": json.dumps({"rows": {"submitted": 6}, "from": str(submission)}),
-        "facts": {"seed": 0, "base": {"identity": "abc", "folder": "/models/of/mine/llava-7b"}, "at": str(tmp_path / "store/x")},
+        "facts": {"seed": 0, "base": {"identity": "abc", "folder": "/models/of/mine/llava-7b"}, "at": str(tmp_path / "store/x")}
+        | AS_READ,
         "out": tmp_path / "delivery",
     }
 
@@ -141,6 +143,16 @@ def test_nothing_removed_leaves_no_quarantined_rows(parts: dict[str, Any], tmp_p
     assert [path.name for path in (parts["out"] / "quarantine").iterdir()] == ["verdicts.parquet"]
     assert restore(parts["out"], tmp_path / "restored") == 0
     assert contents(tmp_path / "restored") == contents(parts["out"] / "dataset")
+
+
+def test_a_quarantined_row_is_delivered_whole(parts: dict[str, Any]) -> None:
+    """A rejected one may lack its pictures; that is why it was rejected."""
+    (parts["submission"] / "images/2.png").unlink()
+    assert run(**parts)["rejected"] == 1
+    (parts["submission"] / "images/1.png").unlink()
+    with pytest.raises(SubmissionError, match=r"row 1 \(metadata\.jsonl line 2\): it can't be copied: missing picture"):
+        run(**parts)
+    assert verify_delivery(parts["out"])
 
 
 @pytest.mark.parametrize("name", BUILDS)
