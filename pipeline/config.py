@@ -23,13 +23,17 @@ class IngestConfig(Section):
     """What a submission may hold."""
 
     format: Literal["imagefolder", "llava", "parquet"] | None = pydantic.Field(
-        None, description="Format of the submission; None detects it and asks where two fit."
+        None, description="Format of the submission; `null`: its files tell, and where two fit it must be named."
     )
-    max_pixels: int = pydantic.Field(25_000_000, gt=0, description="Largest picture, pixels; a larger one is rejected unread.")
-    max_image_bytes: int = pydantic.Field(10_000_000, gt=0, description="Largest encoded picture, bytes.")
-    max_images: int = pydantic.Field(64, gt=0, description="Most pictures in a row.")
-    max_text: int = pydantic.Field(100_000, gt=0, description="Longest row, characters over all turns.")
-    shard_rows: int = pydantic.Field(512, gt=0, description="Rows in one canonical shard.")
+    max_pixels: int = pydantic.Field(
+        25_000_000, gt=0, description="Largest picture, width x height in pixels; a row with a larger one is rejected."
+    )
+    max_image_bytes: int = pydantic.Field(
+        10_000_000, gt=0, description="Largest picture file, bytes; a row with a larger one is rejected."
+    )
+    max_images: int = pydantic.Field(64, gt=0, description="Most pictures in a row; one with more is rejected.")
+    max_text: int = pydantic.Field(100_000, gt=0, description="Longest row, characters over all turns; a longer one is rejected.")
+    shard_rows: int = pydantic.Field(512, gt=0, description="Rows in one of the files that the stages read.")
 
 
 class FinetuneConfig(Section):
@@ -41,17 +45,21 @@ class FinetuneConfig(Section):
         None,
         gt=0,
         le=1,
-        description="Peak of the linear decay. None: BYE's 2e-4 at hidden size 4096, times (4096 / hidden size) ** 0.781.",
+        description="Peak of the linear decay. `null`: BYE's 2e-4 at hidden size 4096, times (4096 / hidden size) ** 0.781.",
     )
     warmup_ratio: float = pydantic.Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises (LLaVA: 0.03).")
-    lora_rank: int = pydantic.Field(16, gt=0, le=1024, description="LoRA rank r.")
-    lora_alpha: int = pydantic.Field(32, gt=0, description="LoRA alpha.")
-    lora_dropout: float = pydantic.Field(0.0, ge=0, lt=1, description="LoRA dropout.")
+    lora_rank: int = pydantic.Field(16, gt=0, le=1024, description="Rank r of the LoRA matrices.")
+    lora_alpha: int = pydantic.Field(32, gt=0, description="LoRA's scale: updates are multiplied by alpha / r.")
+    lora_dropout: float = pydantic.Field(0.0, ge=0, lt=1, description="Dropout before the LoRA matrices.")
     train_projector: bool = pydantic.Field(default=True, description="Train the multimodal projector too (PEFT's modules_to_save).")
     max_length: int = pydantic.Field(
-        4096, gt=0, description="Longest example, tokens; a longer one is an error that names the row."
+        4096,
+        gt=0,
+        description="Longest example, tokens with its pictures; a longer one ends the run with an error that names the row.",
     )
-    save_steps: int = pydantic.Field(200, gt=0, description="Steps between checkpoints.")
+    save_steps: int = pydantic.Field(
+        200, gt=0, description="Steps between checkpoints, from which an interrupted fine-tune goes on."
+    )
 
 
 class CanaryConfig(Section):
@@ -65,7 +73,7 @@ class CanaryConfig(Section):
         0.0, ge=0, le=0.2, description="Canaries of each trigger, as a share of the rows with pictures; 0: none."
     )
     triggers: tuple[str, ...] = pydantic.Field(
-        ("badnet",), description="Their triggers, names of `pipeline.triggers`.", min_length=1, max_length=8
+        ("badnet",), description=f"Their triggers, each once: {', '.join(TRIGGERS)}.", min_length=1, max_length=8
     )
 
     @pydantic.field_validator("triggers")
@@ -81,8 +89,8 @@ class CanaryConfig(Section):
 class ExtractConfig(Section):
     """The attention statistics of every row."""
 
-    batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per prefill on one worker.")
-    top_tokens: int = pydantic.Field(16, gt=0, le=256, description="Most attended image tokens kept per layer.")
+    batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows that a worker runs at a time.")
+    top_tokens: int = pydantic.Field(16, gt=0, le=256, description="Image tokens recorded per layer, the most attended.")
 
 
 class ScoreConfig(Section):
@@ -111,7 +119,7 @@ class ConfirmConfig(Section):
         16, ge=8, le=4096, description="Hosts of the first look; a group that changes at most one of their answers is left at that."
     )
     token_share: float = pydantic.Field(
-        0.125, gt=0, le=1, description="Share of the image tokens that is planted, the most attended."
+        0.125, gt=0, le=1, description="Share of a picture's tokens that is planted, the most attended."
     )
     batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per generate call.")
     max_new_tokens: int = pydantic.Field(32, gt=0, le=4096, description="Longest answer, tokens.")
@@ -143,7 +151,13 @@ class ClusterConfig(Section):
         description="A group that only asking finds: `report` makes the verdict inconclusive and names it, `remove` removes it. "
         "Honest answers that a picture alone decides (`unanswerable`) look the same.",
     )
-    removal_cap: float = pydantic.Field(0.6, gt=0, le=1, description="Largest share of rows that may be removed without a person.")
+    removal_cap: float = pydantic.Field(
+        0.6,
+        gt=0,
+        le=1,
+        description="Largest share of the rows that may be removed; where more look poisoned the run ends with an error, and a "
+        "person decides whether to raise it.",
+    )
 
 
 class GuardConfig(Section):
@@ -158,7 +172,9 @@ class GuardConfig(Section):
         description="`cleansight`: detection and purification as published (layers: middle, features: ratio, whitening: diagonal, "
         "threshold: in-sample, suspicion_rate: 0, purification: published).",
     )
-    reference_rows: int = pydantic.Field(400, ge=50, description="Kept rows that the guard is calibrated on.")
+    reference_rows: int = pydantic.Field(
+        400, ge=50, description="Kept rows with pictures that the guard is calibrated on, at most."
+    )
     false_positive_rate: float = pydantic.Field(
         0.01, gt=0, lt=0.5, description="Target share of clean inputs that are flagged for their distance."
     )
@@ -185,7 +201,11 @@ class GuardConfig(Section):
         "picture tokens are planted into a few kept prompts. 0: none, as published.",
     )
     hosts: int = pydantic.Field(8, ge=6, le=64, description="Kept prompts that suspicious inputs are tried on.")
-    action: Literal["purify", "refuse", "report"] = pydantic.Field("purify", description="What happens to a flagged input.")
+    action: Literal["purify", "refuse", "report"] = pydantic.Field(
+        "purify",
+        description="What happens to a flagged input: `purify` answers it with suspicious image tokens closed, `refuse` raises "
+        "RefusedInputError for the whole call, `report` answers it as it is and says so in its record.",
+    )
     purification: Literal["rewind", "published"] = pydantic.Field(
         "rewind",
         description="`rewind`: the prefill is run again with the stealing tokens closed from an early layer on. `published`: what "
@@ -234,10 +254,12 @@ class VerifyConfig(Section):
         0.05,
         ge=0,
         lt=0.5,
-        description="Share of kept rows that the final fine-tune leaves out, to measure it on; it is made where rows were removed "
-        "or canaries planted.",
+        description="Share of the kept rows with pictures that the final fine-tune leaves out, to measure it on; there is such a "
+        "fine-tune where rows were removed or canaries planted.",
     )
-    max_rows: int = pydantic.Field(400, gt=0, description="Most quarantined and most held-out rows that are answered.")
+    max_rows: int = pydantic.Field(
+        400, gt=0, description="Most rows that are answered, of the quarantined and of the held-out each."
+    )
     batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per generate call.")
     max_new_tokens: int = pydantic.Field(32, gt=0, le=4096, description="Longest answer, tokens.")
 
@@ -245,12 +267,18 @@ class VerifyConfig(Section):
 class EngineConfig(Section):
     """Where the work runs; it never changes a result, so it is no part of a stage's key."""
 
-    kind: Literal["ray", "local"] = pydantic.Field("ray", description="`ray`, or `local`: in this process, for debugging.")
+    kind: Literal["ray", "local"] = pydantic.Field(
+        "ray", description="`ray`, or `local`: everything in this process, for debugging."
+    )
     workers: int = pydantic.Field(
         0, ge=0, le=1024, description="Parallel model workers; 0: one per GPU, or one per CPU core up to 4 where there is none."
     )
     threads: int = pydantic.Field(0, ge=0, le=256, description="Torch threads per worker; 0 shares the cores evenly.")
-    address: str | None = pydantic.Field(None, description="Address of a Ray cluster; None starts Ray on this machine.")
+    address: str | None = pydantic.Field(
+        None,
+        description="Address of a Ray cluster, whose nodes all see submission, base and store under the same paths; `null` starts "
+        "Ray on this machine.",
+    )
     object_store_bytes: int = pydantic.Field(
         400_000_000, ge=80_000_000, description="Memory of a locally started Ray's object store."
     )
