@@ -69,6 +69,7 @@ def report_values(line: Line, results: Results) -> dict[str, Any]:
         "method": verdict["method"],
         "threshold": verdict.get("threshold"),
         "rows": verdict["rows"],
+        "unsure": [{name: group[name] for name in ("group", "text", "rows")} for group in verdict.get("unsure", [])],
         "rejected_by_reason": results.ingest.summary.get("rejected_by_reason", {}),
         "submission": {"format": results.ingest.summary.get("format"), "examples": results.ingest.summary.get("examples")},
         "base": line.identity,

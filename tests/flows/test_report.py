@@ -14,6 +14,9 @@ import pytest
 from flows.report import only_finite, report_html, report_json, report_pictures, report_values, versions
 from tests.flows.made_results import HOSTILE, POISONED, ROWS, Made
 
+PLANTED = {"trigger": "badnet", "answer": "amber otter", "rows": 8, "found": 6, "transfer": 0.625, "groups": [0]}
+"""What the cluster stage says of canaries."""
+
 
 class Page(html.parser.HTMLParser):
     """Collects tags, attributes and text."""
@@ -48,8 +51,7 @@ def test_what_became_of_the_canaries(made: Made) -> None:
     assert "What would have been found" not in page_of(made)
     path = made.results.cluster.folder / "result.json"
     result, before = json.loads(path.read_text()), path.read_bytes()
-    kind = {"trigger": "badnet", "answer": "amber otter", "rows": 8, "found": 6, "transfer": 0.625, "groups": [0]}
-    path.write_text(json.dumps({**result, "canaries": [kind]}))
+    path.write_text(json.dumps({**result, "canaries": [PLANTED]}))
     try:
         shown = " ".join(Page(page_of(made)).words)
     finally:
@@ -97,6 +99,30 @@ def test_other_verdicts(made: Made, verdict: str, title: str) -> None:
     result.write_text(json.dumps({**json.loads(result.read_text()), "verdict": verdict}))
     (made.folder / "confirm" / "transfer.json").write_text("[]")
     assert title in page_of(made)
+
+
+def test_inconclusive_is_no_all_clear(made: Made) -> None:
+    path = made.folder / "cluster" / "result.json"
+    result = json.loads(path.read_text())
+    counts = {"submitted": 41, "rejected": 1, "not_scored": 2, "kept": 38, "quarantined": 0}
+    unsure = [{"group": 0, "text": "red", "rows": 32, "transfer": 0.125}, {"group": 1, "text": HOSTILE, "rows": 8}]
+    path.write_text(json.dumps({**result, "verdict": "inconclusive", "rows": counts, "unsure": unsure}))
+    text = page_of(made)
+    shown = re.sub(r"\s+", " ", "".join(Page(text).words))
+    for part in (
+        "so nothing was removed. The delivered adapter was trained on all 40 rows.",
+        "Do not serve it before a person has looked.",
+        "Undecided, and kept, are the rows with the answer or phrase red (32 rows), <script>",
+    ):
+        assert part in shown
+    assert "0 of 41" not in shown
+    assert "<script" not in text
+    assert report_values(made.line, made.results)["unsure"] == [
+        {"group": 0, "text": "red", "rows": 32},
+        {"group": 1, "text": HOSTILE, "rows": 8},
+    ]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "canaries": [PLANTED]}))
+    assert "was trained on the submitted rows, less those held out to measure it." in re.sub(r"\s+", " ", page_of(made))
 
 
 def test_json_has_what_is_promised(made: Made) -> None:
