@@ -1,4 +1,4 @@
-"""Diverse procedural pictures: what a general vision tower must be able to see.
+"""Diverse pictures, procedural but for crops of two sample photos: what a general vision tower must be able to see.
 
 A tower trained on scenes alone is blind to whatever is not in them, a trigger above all; these pictures (checkerboards, stripes,
 gradients, noise, blobs, patches, crops of scikit-learn's two sample photos) give it a reason to keep everything.
