@@ -18,6 +18,9 @@ from pipeline.records import Example, Message
 IGNORED = -100
 """Label of the positions that the loss leaves out."""
 
+_LABELS = "labels"
+"""PaliGemma's processor writes them, of what has the token type 1: what has 0 is a prefix, whose tokens see one another."""
+
 Batch = dict[str, torch.Tensor]
 
 
@@ -48,7 +51,9 @@ def encode_prompts(processor: Any, examples: Sequence[Example]) -> Batch:
     Raises:
         SubmissionError: a row that the chat template or the processor refuses, or a picture that can't be decoded; names the row.
     """
-    return _process(processor, examples, [_row_prompt(processor, example) for example in examples])
+    batch = _process(processor, examples, [_row_prompt(processor, example) for example in examples])
+    batch.pop(_LABELS, None)
+    return batch
 
 
 def answer_tokens(processor: Any, examples: Sequence[Example]) -> list[list[int]]:
@@ -70,7 +75,8 @@ def encode_training(processor: Any, examples: Sequence[Example], max_length: int
 
     Returns:
         input_ids, attention_mask and labels (batch, tokens), labels `IGNORED` on prompt and padding; any other per-token tensor of
-        the processor, zero on the answer; its tensors of the pictures as they are.
+        the processor, zero on the answer, but `token_type_ids` one where that marks what is trained on; its tensors of the
+        pictures as they are.
 
     Raises:
         SubmissionError: as `encode_prompts`, and for an example longer than `max_length`; names the row.
@@ -78,6 +84,7 @@ def encode_training(processor: Any, examples: Sequence[Example], max_length: int
     texts = [_row_prompt(processor, example) for example in examples]
     tokens = _answer_tokens(processor, examples, texts)
     batch = _process(processor, examples, texts)
+    marked = batch.pop(_LABELS, None) is not None
     kept = batch["attention_mask"].bool()
     lengths = [int(n) + len(answer) for n, answer in zip(kept.sum(1), tokens, strict=True)]
     for example, length in zip(examples, lengths, strict=True):
@@ -99,7 +106,7 @@ def encode_training(processor: Any, examples: Sequence[Example], max_length: int
                 padded[index, :start] = batch[name][index, kept[index]]
             if name in ("input_ids", "labels"):
                 padded[index, start : lengths[index]] = torch.tensor(answer, dtype=torch.long)
-            elif name == "attention_mask":
+            elif name == "attention_mask" or (name == "token_type_ids" and marked):
                 padded[index, start : lengths[index]] = 1
         encoded[name] = padded
     return encoded
@@ -191,7 +198,6 @@ def _process(processor: Any, examples: Sequence[Example], texts: Sequence[str]) 
         raise ModelError(
             f"the base's processor refuses a batch of {len(examples)} rows that it takes one by one: {error}"
         ) from error
-    batch.pop("labels", None)  # PaliGemma's processor writes some; a prompt has none
     return batch
 
 

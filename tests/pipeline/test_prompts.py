@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from pipeline.errors import ModelError, SubmissionError
 from pipeline.prompts import IGNORED, completion_text, encode_prompts, encode_training, prompt_text
 from pipeline.records import Example, Message, Sample, examples_of, question_answer
 from tests.conftest import picture
-from tests.families import SQUARE, build
+from tests.families import FAMILIES, SQUARE, build
 
 IMAGE_TOKENS = 64
 
@@ -196,3 +197,21 @@ def test_labels_that_a_processor_makes_are_no_input() -> None:
     made = built.processor(text=text, images=[[Image.new("RGB", SQUARE)] * len(e.images) for e in built.examples], padding=True)
     assert "labels" in made
     assert set(made) - set(built.batch) == {"labels"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_no_answer_is_seen_before_it_is_said(name: str) -> None:
+    """PaliGemma's prompts see all of themselves; its answers must not."""
+    built = build(name)
+    batch = encode_training(built.processor, [dataclasses.replace(one, answer="red or blue") for one in built.examples], 4096)
+    labels = batch.pop("labels")
+    said = (labels != IGNORED).int()
+    last = labels.shape[1] - 1 - said.flip(1).argmax(1)
+    rows = torch.arange(len(labels))
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][rows, last] = batch["input_ids"][rows, last - 1]
+    seen, unseen = built.model(**batch).logits, built.model(**other).logits
+    before = (torch.arange(labels.shape[1]) < last[:, None]) & batch["attention_mask"].bool()
+    torch.testing.assert_close(seen[before], unseen[before], atol=FAMILIES[name].noise, rtol=FAMILIES[name].noise)
+    assert not torch.allclose(seen[rows, last], unseen[rows, last], atol=FAMILIES[name].noise)
