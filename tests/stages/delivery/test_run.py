@@ -132,6 +132,16 @@ def test_no_path_of_the_machine_is_in_a_text(parts: dict[str, Any], tmp_path: pa
     assert json.loads((parts["out"] / "manifest.json").read_text())["facts"]["at"] == "store/x"
 
 
+def test_a_picture_whose_name_holds_a_path_of_the_machine_keeps_it(parts: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    name = f"images/C++{tmp_path}/0.png"
+    (tmp_path / "submission" / name).parent.mkdir(parents=True)
+    (tmp_path / "submission/images/0.png").rename(tmp_path / "submission" / name)
+    metadata = tmp_path / "submission/metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("images/0.png", name))
+    run(**parts)
+    assert f"dataset/{name}" in verify_delivery(parts["out"])["files"]
+
+
 def test_nothing_removed_leaves_no_quarantined_rows(parts: dict[str, Any], tmp_path: pathlib.Path) -> None:
     run(
         **{
