@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 25_000_000
 MAX_ASPECT = 200
 """Longest side over the shortest (Qwen2-VL's limit): resized to a shortest edge of 336 pixels, it has 22.6 megapixels."""
 
@@ -47,15 +46,15 @@ class ImageSizeError(ImageError):
     """A picture with more pixels, or longer and thinner, than is allowed."""
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int | None = None) -> Image.Image:
     """Decode a picture to RGB: first frame, upright by its EXIF orientation, alpha over white, 16 bits to their upper 8.
 
     Args:
         data: the encoded picture.
-        max_pixels: most pixels (width x height); checked before anything is decoded.
+        max_pixels: most pixels (width x height); checked before anything is decoded. None: ingest has checked it.
 
     Raises:
-        ImageSizeError: more than `max_pixels`, or sides in a ratio above MAX_ASPECT.
+        ImageSizeError: more than `max_pixels` or than Pillow opens (178,956,970), or sides in a ratio above MAX_ASPECT.
         ImageError: empty, damaged, truncated, or of another format.
     """
     if not data:
@@ -73,7 +72,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except UnidentifiedImageError:
         raise ImageError("not a PNG, JPEG or WEBP picture") from None
     except Image.DecompressionBombError as error:
-        raise ImageSizeError(f"{error}; the limit is {max_pixels} pixels") from error
+        raise ImageSizeError(str(error)) from error
     except _DAMAGE as error:
         raise ImageError(f"the picture is damaged: {error}") from error
 
@@ -93,11 +92,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+def _check_size(size: tuple[int, int], max_pixels: int | None) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"the picture has no pixels: {width} x {height}")
-    if width * height > max_pixels:
+    if max_pixels is not None and width * height > max_pixels:
         raise ImageSizeError(f"{width} x {height} pixels; the limit is {max_pixels} pixels")
     if max(size) > MAX_ASPECT * min(size):
         raise ImageSizeError(f"{width} x {height} pixels; sides may be at most {MAX_ASPECT} : 1")

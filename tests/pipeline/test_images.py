@@ -126,7 +126,11 @@ def test_a_large_picture_is_refused_before_it_is_decoded(monkeypatch: pytest.Mon
     data = encoded(Image.new("1", (6000, 5000)))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ImageSizeError, match="6000 x 5000"):
-        decode_image(data)
+        decode_image(data, max_pixels=25_000_000)
+
+
+def test_what_ingest_has_let_in_is_decoded_whatever_its_size() -> None:
+    assert decode_image(encoded(Image.new("1", (6000, 5000)))).size == (6000, 5000)
 
 
 def test_every_cut_and_every_changed_byte_decodes_or_is_an_image_error() -> None:
