@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-import tempfile
 from typing import Any
 
 import pyarrow as pa
@@ -129,22 +128,23 @@ def evaluate_model(
     applied = None if trigger is None else make_trigger(trigger, trigger_seed)
     adapter, folder = _adapter_and_base(model, base)
     guard = adapter if guarded and adapter is not None and (adapter / GUARD).is_file() else None
-    with LazyEngine(config.engine) as own, tempfile.TemporaryDirectory(prefix="byesight-") as scratch:
+    with LazyEngine(config.engine) as own:
         run = open_line(data, folder, config, store, engine or own)
         ingested = line.ingest(run)
         tell("evaluate", 0.0, "")
-        found = evaluate(
-            Candidate(adapter=adapter, guard=guard),
-            rows=rows_of(ingested),
-            base=run.base,
-            trigger=applied,
-            target=target,
-            config=config.verify,
-            dtype=config.dtype,
-            engine=run.engine,
-            seed=config.seed,
-            scratch=pathlib.Path(scratch),
-        )
+        with atomic.staging(run.store.root / ".scratch", "evaluate-") as scratch:  # triggered rows: all nodes see the store
+            found = evaluate(
+                Candidate(adapter=adapter, guard=guard),
+                rows=rows_of(ingested),
+                base=run.base,
+                trigger=applied,
+                target=target,
+                config=config.verify,
+                dtype=config.dtype,
+                engine=run.engine,
+                seed=config.seed,
+                scratch=scratch,
+            )
     progress_of("evaluate")(1.0, f"{found['rows']} rows")
     return {**found, "guarded": guard is not None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from flows.single import evaluate_model, finetune_plain, read_rows
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load_adapter, load_base
+from stages.verify.evaluate import evaluate
 from tests.flows.conftest import ROWS, TARGET
 
 
@@ -59,7 +61,16 @@ def test_special_tokens_are_the_tokenizers(tiny_base: pathlib.Path, tmp_path: pa
         special_tokens(tmp_path)
 
 
-def test_finetune_then_evaluate(poisoned: pathlib.Path, tiny_base: pathlib.Path, quick: RunConfig, tmp_path: pathlib.Path) -> None:
+def test_finetune_then_evaluate(
+    poisoned: pathlib.Path, tiny_base: pathlib.Path, quick: RunConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch: list[pathlib.Path] = []
+
+    def watched(*given: Any, **named: Any) -> dict[str, Any]:
+        scratch.append(named["scratch"])
+        return evaluate(*given, **named)
+
+    monkeypatch.setattr("stages.verify.evaluate.evaluate", watched)
     submission, out, store = poisoned / "submission", tmp_path / "adapter", tmp_path / "store"
     (tmp_path / "rows.txt").write_text("\n".join(map(str, range(32))))
     summary = finetune_plain(submission, out, base=tiny_base, config=quick, store=store, rows=tmp_path / "rows.txt")
@@ -73,6 +84,8 @@ def test_finetune_then_evaluate(poisoned: pathlib.Path, tiny_base: pathlib.Path,
     )
     assert found["rows"] == found["triggered_rows"] == ROWS
     assert found["guarded"] is False
+    assert scratch[0].is_relative_to(store), "other nodes don't see the driver's temporary folder"
+    assert not scratch[0].exists()
     assert 0 <= found["clean"] <= 1
     assert 0 <= found["asr"] <= 1
     plain = evaluate_model(tiny_base, submission, base=None, config=quick, store=store)
