@@ -13,7 +13,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from pipeline.config import EngineConfig
-from pipeline.engine import Engine, TableWorker, TrainLoop, open_engine, worker_count
+from pipeline.engine import Engine, TableWorker, TrainLoop, open_engine
 from pipeline.records import Progress
 
 
@@ -24,10 +24,6 @@ class LazyEngine:
         self._config = config
         self._stack = contextlib.ExitStack()
         self._engine: Engine | None = None
-
-    @property
-    def workers(self) -> int:
-        return worker_count(self._config)
 
     def map_shards(
         self, shards: Sequence[pathlib.Path], build: Callable[..., TableWorker], arguments: Mapping[str, Any], *, batch_rows: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,28 +49,17 @@ class TrainContext(Protocol):
 TrainLoop = Callable[[Mapping[str, Any], TrainContext], None]
 
 
-def worker_count(config: EngineConfig) -> int:
-    """Workers that a configuration asks for.
+def worker_count(config: EngineConfig, *, gpus: int, cores: int) -> int:
+    """Workers that a configuration asks for, of a machine or a cluster.
 
     A worker per core trains a small model nearly twice as fast as one worker with a thread per core (measured on two cores); each
     holds the model, so that a large one on a CPU is better given fewer by hand.
     """
-    if config.workers:
-        return config.workers
-    import torch
-
-    return torch.cuda.device_count() or min(_MOST_CPU_WORKERS, os.cpu_count() or 1)
+    return config.workers or gpus or min(_MOST_CPU_WORKERS, cores)
 
 
 class Engine(Protocol):
-    """Runs workers over shards, and training loops. A context manager; what it starts ends with it.
-
-    Attributes:
-        workers: workers that run at the same time.
-    """
-
-    @property
-    def workers(self) -> int: ...
+    """Runs workers over shards, and training loops. A context manager; what it starts ends with it."""
 
     def map_shards(
         self, shards: Sequence[pathlib.Path], build: Callable[..., TableWorker], arguments: Mapping[str, Any], *, batch_rows: int

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import joblib
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -55,10 +55,8 @@ class LocalContext:
 class LocalEngine:
     """Work in this process; always one worker, with `threads` threads (0: all cores)."""
 
-    workers = 1
-
     def __init__(self, config: EngineConfig) -> None:
-        self._threads = config.threads or os.cpu_count() or 1
+        self._threads = config.threads or joblib.cpu_count()
         self._before = torch.get_num_threads()
 
     def __enter__(self) -> Self:

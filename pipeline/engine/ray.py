@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import joblib
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -52,9 +53,8 @@ class RayEngine:
     """Work on Ray, started on this machine or found at `config.address`. An already initialised Ray is used and left running."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.workers = worker_count(config)
         self._config = config
-        self._threads = config.threads or max(1, (os.cpu_count() or 1) // self.workers)
+        self.workers, self._threads = _share(config, gpus=torch.cuda.device_count(), cores=joblib.cpu_count())
         self.temporary: pathlib.Path | None = None
         self._started = False
         self._streams: list[Generator[pa.Table]] = []
@@ -64,12 +64,13 @@ class RayEngine:
         import ray
 
         if ray.is_initialized():
+            self._look_around()
             return self
         options: dict[str, Any] = {"address": self._config.address or "local"}
         if self._config.address is None:
             self.temporary = _short_temporary()
             options |= {
-                "num_cpus": max(4, os.cpu_count() or 1, self.workers + 2),
+                "num_cpus": max(4, joblib.cpu_count(), self.workers + 2),
                 "include_dashboard": False,
                 "object_store_memory": self._config.object_store_bytes,
                 "_temp_dir": str(self.temporary),
@@ -81,7 +82,9 @@ class RayEngine:
             environment |= _ON_CPUS
         try:
             ray.init(**options, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
-        except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+            self._look_around()
+        except Exception as error:  # that very class where a node doesn't start in time, RayError where a token is wrong
+            ray.shutdown()
             self._remove_temporary()
             raise StageError(f"Ray ({self._config.address or 'on this machine'}) can't be used: {error}") from error
         except BaseException:  # a signal
@@ -174,6 +177,14 @@ class RayEngine:
         if failure is not None:
             raise _worker_died(failure) from failure
 
+    def _look_around(self) -> None:
+        """Count the cluster's GPUs and cores, which the driver's machine needn't have."""
+        import ray
+
+        if self._config.address is not None:
+            found = ray.cluster_resources()
+            self.workers, self._threads = _share(self._config, gpus=int(found.get("GPU", 0)), cores=int(found.get("CPU", 1)))
+
     def _gpus(self) -> int:
         """GPUs that the workers can use: on this machine torch must see them, on a cluster Ray says."""
         import ray
@@ -221,19 +232,25 @@ def _fit(
 
 
 def _settle_environment(*, local: bool) -> None:
-    """Set what Ray reads when it is imported or started, where the user has not: tokens, loopback, no usage reports."""
-    if "ray" not in sys.modules:  # an imported Ray has read it already, and would then refuse its own servers' tokens
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    """Set what Ray reads when it is imported or started, where the user has not: no usage reports; tokens and loopback here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for name, value in _TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if not local:
+    if not local:  # whether it asks for a token, the cluster's owner has said
         return
+    if "ray" not in sys.modules:  # an imported Ray has read it already, and would then refuse its own servers' tokens
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # for one machine Ray then keeps every port on loopback
     own_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if not own_token and not (pathlib.Path.home() / ".ray" / "auth_token").exists():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray would leave a token file in the home folder
+
+
+def _share(config: EngineConfig, *, gpus: int, cores: int) -> tuple[int, int]:
+    """Workers, and torch threads of each."""
+    workers = worker_count(config, gpus=gpus, cores=cores)
+    return workers, config.threads or max(1, cores // workers)
 
 
 def _short_temporary() -> pathlib.Path:

@@ -124,8 +124,6 @@ def test_bfloat16_gives_about_the_same(
 class Backwards:
     """An engine whose workers finish in the reverse order."""
 
-    workers = 1
-
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
