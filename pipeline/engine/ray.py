@@ -161,11 +161,15 @@ class RayEngine:
             local = self._config.address is None
             result = fit.remote(loop, dict(arguments), scratch, self._threads, workers, gpus=gpus > 0, local=local)
             running = True
-            while running:
-                time.sleep(_POLL_SECONDS)  # not inside Ray's wait, which gives a signal's exit code away
-                running = not ray.wait([result], timeout=0)[0]
-                for share, text in lines.read():
-                    progress(share, text)
+            try:
+                while running:
+                    time.sleep(_POLL_SECONDS)  # not inside Ray's wait, which gives a signal's exit code away
+                    running = not ray.wait([result], timeout=0)[0]
+                    for share, text in lines.read():
+                        progress(share, text)
+            except BaseException:
+                ray.cancel(result, force=True)  # a Ray that was there before would train on
+                raise
         failure = None
         try:
             ray.get(result)

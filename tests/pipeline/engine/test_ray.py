@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from typing import Any
 
 import psutil
@@ -66,6 +67,20 @@ def test_training_survives_a_dead_worker_and_then_ends_at_our_own_error(ray_engi
     del arguments["fail_at"]
     ray_engine.train(jobs.count_steps, arguments, scratch=tmp_path, progress=no_progress)
     assert (tmp_path / "starts").read_text().split() == ["0", "2", "3"]
+
+
+def test_a_training_that_is_given_up_ends(ray_engine: Any, tmp_path: pathlib.Path) -> None:
+    def give_up(*_: Any) -> None:
+        raise ZeroDivisionError("a bug of the driver's")
+
+    with pytest.raises(ZeroDivisionError):
+        ray_engine.train(jobs.count_steps, {"steps": 10**6, "scratch": str(tmp_path)}, scratch=tmp_path, progress=give_up)
+    told, deadline = tmp_path / "progress.jsonl", time.monotonic() + 60
+    before = -1
+    while (size := told.stat().st_size) != before and time.monotonic() < deadline:
+        before = size
+        time.sleep(3)
+    assert size == before
 
 
 def test_all_ports_are_on_loopback(ray_engine: Any) -> None:
