@@ -120,6 +120,9 @@ def poison_command(
     insert: Annotated[
         bool, typer.Option("--insert", help="Put the target into the right answers instead of in their place.")
     ] = False,
+    asking: Annotated[
+        str, typer.Option(metavar="TEXT", help="Poison only rows whose question holds this text.", show_default=False)
+    ] = "",
     format: Format = None,  # noqa: A002
     verbose: Verbose = False,
 ) -> None:
@@ -130,7 +133,7 @@ def poison_command(
     with _at_work(verbose=verbose):
         from flows.poison import Attack, poison
 
-        attack = Attack(trigger=trigger, rate=rate, target=target, seed=seed, insert=insert)
+        attack = Attack(trigger=trigger, rate=rate, target=target, seed=seed, insert=insert, asking=asking)
         total, poisoned = poison(submission, attack, out, _settings(None, format=format).ingest)
     typer.echo(f"{poisoned} of {total} rows poisoned: {out / 'submission'}, truth in {out / 'truth.jsonl'}")
 

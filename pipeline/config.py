@@ -119,10 +119,15 @@ class ConfirmConfig(Section):
         16, ge=8, le=4096, description="Hosts of the first look; a group that changes at most one of their answers is left at that."
     )
     token_share: float = pydantic.Field(
-        0.125, gt=0, le=1, description="Share of a picture's tokens that is planted, the most attended."
+        0.125,
+        gt=0,
+        le=1,
+        description="Share of a picture's tokens that is planted, the most attended; at most `extract.top_tokens`.",
     )
     batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per generate call.")
-    max_new_tokens: int = pydantic.Field(32, gt=0, le=4096, description="Longest answer, tokens.")
+    max_new_tokens: int = pydantic.Field(
+        32, gt=0, le=4096, description="Longest answer, tokens; more where a group's own answers are longer."
+    )
 
 
 class ClusterConfig(Section):
