@@ -1,4 +1,4 @@
-"""Rebuild the embedded base from procedural data and two sample photos: `python -m pipeline.embedded.build --out DIR --seed 0`.
+"""Rebuild the embedded base model from procedural data and two photos: `python -m pipeline.embedded.build --out DIR --seed 0`.
 
 An ordinary LLaVA, trained in phases. First the CLIP tower learns to rebuild diverse pictures, so that it sees what is not in
 the scenes, and to name the colour, the shape and the place of the object under each of its tokens. Then it is frozen, as in a real
