@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -145,6 +146,9 @@ def test_the_whole_way(
     assert call("restore", delivery, "--out", tmp_path / "restored").exit_code == 0
     assert hash_folder(tmp_path / "restored") == hash_folder(delivery / "dataset")
 
+    served = the_readme_serves(delivery, tiny_base, next((delivery / "dataset").rglob("*.png")))
+    assert served["model"].counters()["byesight_guard_looked_at_total"] == 1
+
     figures = tmp_path / "figures" / "found.json"
     evaluated = call(
         "evaluate",
@@ -169,6 +173,17 @@ def test_the_whole_way(
 
     (delivery / "dataset" / "metadata.jsonl").open("a").write("x")
     refused(call("verify", delivery), "changed: dataset/metadata.jsonl")
+
+
+def the_readme_serves(delivery: pathlib.Path, base: pathlib.Path, picture: pathlib.Path) -> dict[str, Any]:
+    """Run the README's Python as it stands, on places that there are; gives its names."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    for name, place in (("DELIVERY", delivery), ("MODEL_DIR", base), ("picture.png", picture)):
+        assert snippet.count(f'"{name}"') == 1
+        snippet = snippet.replace(f'"{name}"', repr(str(place)))
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    return names
 
 
 def test_restore_command(tmp_path: pathlib.Path) -> None:
