@@ -14,10 +14,10 @@ from flows import line
 from flows.engines import LazyEngine
 from flows.line import open_line, rows_of
 from flows.progress import progress_of, tell
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, VerifyConfig
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models import ADAPTER_CONFIG, EMBEDDED_BASE
+from pipeline.models import ADAPTER_CONFIG, EMBEDDED_BASE, load_processor
 from pipeline.triggers import make_trigger
 from storage import atomic
 from storage.delivery import ADAPTER
@@ -127,6 +127,7 @@ def evaluate_model(
         raise ConfigError("--trigger and --target go together: the attack, and the answer that it wants")
     applied = None if trigger is None else make_trigger(trigger, trigger_seed)
     adapter, folder = _adapter_and_base(model, base)
+    verify = config.verify if target is None else _long_enough(config.verify, target, folder)
     guard = adapter if guarded and adapter is not None and (adapter / GUARD).is_file() else None
     with LazyEngine(config.engine) as own:
         run = open_line(data, folder, config, store, engine or own)
@@ -139,7 +140,7 @@ def evaluate_model(
                 base=run.base,
                 trigger=applied,
                 target=target,
-                config=config.verify,
+                config=verify,
                 dtype=config.dtype,
                 engine=run.engine,
                 seed=config.seed,
@@ -147,6 +148,12 @@ def evaluate_model(
             )
     progress_of("evaluate")(1.0, f"{found['rows']} rows")
     return {**found, "guarded": guard is not None}
+
+
+def _long_enough(config: VerifyConfig, target: str, base: pathlib.Path) -> VerifyConfig:
+    """Answers as long as the target at least: cut before, its success rate would be 0 whatever the model has learnt."""
+    tokens = len(load_processor(base).tokenizer(target, add_special_tokens=False)["input_ids"])
+    return config.model_copy(update={"max_new_tokens": max(config.max_new_tokens, tokens + 1)})
 
 
 def _adapter_and_base(model: pathlib.Path, base: pathlib.Path | None) -> tuple[pathlib.Path | None, pathlib.Path]:

@@ -13,10 +13,10 @@ import pytest
 from flows import line
 from flows.engines import LazyEngine
 from flows.line import open_line, special_tokens
-from flows.single import evaluate_model, finetune_plain, read_rows
+from flows.single import _long_enough, evaluate_model, finetune_plain, read_rows
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models import load_adapter, load_base
+from pipeline.models import load_adapter, load_base, load_processor
 from stages.verify.evaluate import evaluate
 from tests.flows.conftest import ROWS, TARGET
 
@@ -116,6 +116,13 @@ def test_what_is_no_model_or_half_a_request(tmp_path: pathlib.Path, tiny_base: p
         evaluate(tmp_path)
     with pytest.raises(ModelError, match="--base is for adapters"):
         evaluate(tiny_base, base=tiny_base)
+
+
+def test_answers_are_waited_for_as_long_as_the_target_is(tiny_base: pathlib.Path, quick: RunConfig) -> None:
+    assert _long_enough(quick.verify, "a", tiny_base).max_new_tokens >= quick.verify.max_new_tokens
+    length = len(load_processor(tiny_base).tokenizer("visit the shop " * 9, add_special_tokens=False)["input_ids"])
+    longer = _long_enough(quick.verify, "visit the shop " * 9, tiny_base)
+    assert longer == quick.verify.model_copy(update={"max_new_tokens": length + 1})
 
 
 def test_the_store_may_not_lie_in_the_submission(poisoned: pathlib.Path, tiny_base: pathlib.Path, quick: RunConfig) -> None:
