@@ -12,7 +12,9 @@ import numpy as np
 _WORD = re.compile(r"\w+(?:['-]\w+)*", re.UNICODE)
 LONGEST_PHRASE = 4
 """Words in the longest phrase that is looked for."""
-_MOST_GROUPS = 2000
+MOST_GROUPS = 5000
+"""Whole answers that are measured at most, and as many phrases: each group costs a pass over its rows' features, 10,000 of them
+minutes. Apart, since an honest submission may have any number of answers, and the phrase of an attack must not wait behind them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ def shared_answers(answers: Sequence[str], *, least: int, most_share: float = 0.
         most_share: largest share of all examples; a group needs others to be compared with.
 
     Returns:
-        The groups, whole answers first, larger ones first, at most 2,000.
+        The groups, whole answers first, larger ones first.
     """
     members: dict[tuple[bool, str], list[int]] = collections.defaultdict(list)
     for index, answer in enumerate(answers):
@@ -56,7 +58,13 @@ def shared_answers(answers: Sequence[str], *, least: int, most_share: float = 0.
         if least <= len(indices) <= most:
             array = np.asarray(indices, dtype=np.int64)
             found.setdefault(array.tobytes(), Group(text=text, whole=whole, members=array))
-    return list(found.values())[:_MOST_GROUPS]
+    return list(found.values())
+
+
+def largest(groups: Sequence[Group], most: int = MOST_GROUPS) -> list[Group]:
+    """The first `most` whole answers and the first `most` phrases of `shared_answers`: the largest of each."""
+    whole, phrases = ([group for group in groups if group.whole is kind][:most] for kind in (True, False))
+    return whole + phrases
 
 
 def gives(output: str, text: str, *, whole: bool) -> bool:

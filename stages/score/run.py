@@ -16,11 +16,11 @@ from pipeline.config import ScoreConfig
 from pipeline.records import Progress, no_progress
 from stages.extract.table import AttentionTable
 from stages.score.bye import RULES, bye, layer_profiles
-from stages.score.groups import Group, shared_answers
-from stages.score.shift import SharedShift, head_features, shared_shift, whiten, within_questions
+from stages.score.groups import Group, largest, shared_answers
+from stages.score.shift import SharedShift, head_features, shared_shift, shift_size, whiten, within_questions
 from stages.score.words import Words, distinctive_words
 
-VERSION = 5
+VERSION = 6
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"
@@ -56,7 +56,7 @@ def run(
         progress: called as groups are measured.
 
     Returns:
-        The summary: examples, sensitive layers, largest separation, groups measured and kept.
+        The summary: examples, sensitive layers, largest separation, groups measured, those left out as too many, and those kept.
     """
     table = AttentionTable.read(attention)
     by_rule = {rule: layer_profiles(table.entropy, rule, config.bsi_threshold, seed) for rule in RULES}
@@ -75,15 +75,15 @@ def run(
         "bye_code_suspicious": plain["public-code"].suspicious,
     }
     pq.write_table(pa.table(evidence), out / EVIDENCE, compression="zstd")
-    groups = shared_answers(table.answer, least=config.least_rows)
-    measured = []
+    found = shared_answers(table.answer, least=config.least_rows)
+    groups, sizes = largest(found), list[float]()
     if groups:
         whitened = whiten(within_questions(head_features(table), table.question))
         for index, group in enumerate(groups):
-            measured.append((group, shared_shift(whitened, group, seed)))
+            sizes.append(shift_size(whitened, group))
             progress((index + 1) / len(groups), f"{index + 1} of {len(groups)} groups of answers")
-    measured.sort(key=lambda pair: (-pair[1].size, pair[0].text))
-    kept = measured[: config.candidates]
+    first = sorted(range(len(groups)), key=lambda index: (-sizes[index], groups[index].text))[: config.candidates]
+    kept = [(groups[index], shared_shift(whitened, groups[index], seed)) for index in first]
     words = distinctive_words(table.question, [group for group, _ in kept], least=config.least_rows)
     others = [rest for group, shift in kept if len((rest := _unshifted(group, shift)).members) >= config.least_rows]
     shifted = len(kept)
@@ -99,6 +99,7 @@ def run(
         "sensitive_layers": [profile.layer for profile in profiles if profile.sensitive],
         "largest_separation": max((profile.separation for profile in profiles), default=0.0),
         "groups": len(groups),
+        "groups_left_out": len(found) - len(groups),
         "candidates": len(kept),
         "largest_shift": kept[0][1].size if kept else 0.0,
     }

@@ -95,6 +95,17 @@ class SharedShift:
     posterior: np.ndarray
 
 
+def shift_size(whitened: np.ndarray, group: Group) -> float:
+    """The size of one group's shift, as `SharedShift` has it; arguments as `shared_shift` takes them."""
+    rows = whitened[group.members]
+    count, others = len(rows), len(whitened) - len(rows)
+    total = rows.sum(axis=0)
+    noise = rows.var(axis=0, ddof=1).sum() * (1 / count + 1 / others)
+    whole = max(0.0, np.square(total / count + total / others).sum() - noise)
+    share = count * others / len(whitened) ** 2  # what was whitened holds the shift itself: of half of the rows it can't be above 2
+    return float(np.sqrt(whole / max(_LEAST_WITHIN, 1 - share * whole)))
+
+
 def shared_shift(whitened: np.ndarray, group: Group, seed: int) -> SharedShift:
     """Measure one group.
 
@@ -107,11 +118,6 @@ def shared_shift(whitened: np.ndarray, group: Group, seed: int) -> SharedShift:
     count, others = len(rows), len(whitened) - len(rows)
     total = rows.sum(axis=0)
     rest = -total / others
-    mean = total / count
-    noise = rows.var(axis=0, ddof=1).sum() * (1 / count + 1 / others)
-    whole = max(0.0, np.square(mean - rest).sum() - noise)
-    share = count * others / len(whitened) ** 2  # what was whitened holds the shift itself: of half of the rows it can't be above 2
-    size = float(np.sqrt(whole / max(_LEAST_WITHIN, 1 - share * whole)))
     shift = (total - rows) / (count - 1) - rest
     projection = np.einsum("ij,ij->i", rows - rest, shift) / np.maximum(np.linalg.norm(shift, axis=1), 1e-9)
     fit = two_components(projection, seed)
@@ -119,4 +125,4 @@ def shared_shift(whitened: np.ndarray, group: Group, seed: int) -> SharedShift:
     if fit is not None and fit.bic_gain > 0 and fit.separation >= _SPLIT_SEPARATION:
         low, high = fit.means  # the tails of unequal components would cross again beyond their means
         posterior = np.where(projection <= low, 0.0, np.where(projection >= high, 1.0, 1 - fit.posterior))
-    return SharedShift(size=size, projection=projection, posterior=posterior)
+    return SharedShift(size=shift_size(whitened, group), projection=projection, posterior=posterior)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.score.groups import Group, gives, shared_answers
+from stages.score.groups import MOST_GROUPS, Group, gives, largest, shared_answers
 
 
 def by_text(answers: list[str], least: int = 2) -> dict[str, Group]:
@@ -64,8 +64,22 @@ def test_the_order_is_whole_answers_then_size() -> None:
         ("the cat", True),
         ("the", False),
     ]
-    many = [f"{k} {k}" for k in range(3000) for _ in range(2)]
-    assert len(shared_answers(many, least=2)) == 2000
+
+
+def test_phrases_have_places_of_their_own() -> None:
+    """As many honest answers as there are places: the phrase of an attack inside of a third of them is measured all the same."""
+    answers = [f"honest {k}" + ", visit example shop" * (copy % 3 == 0) for k in range(MOST_GROUPS) for copy in range(12)]
+    found = largest(shared_answers(answers, least=8))
+    assert [sum(group.whole is kind for group in found) for kind in (True, False)] == [MOST_GROUPS, MOST_GROUPS]
+    assert ("visit example shop", 4 * MOST_GROUPS) in {(group.text, len(group.members)) for group in found}
+
+
+def test_the_largest_of_each_are_measured() -> None:
+    sizes = {"a x": 5, "b x": 4, "c x": 3, "d y": 2}
+    groups = shared_answers([answer for answer, rows in sizes.items() for _ in range(rows)], least=2)
+    assert [group.text for group in groups] == ["a x", "b x", "c x", "d y", "x"]
+    assert [group.text for group in largest(groups, 2)] == ["a x", "b x", "x"]
+    assert largest(groups) == groups
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ScoreConfig
+from stages.score.bye import two_components
+from stages.score.groups import largest
 from stages.score.run import EVIDENCE, GROUPS, LAYERS, MEMBERS, run
 
 TOKENS, DEPTH, HEADS = 64, 4, 2
@@ -139,6 +143,25 @@ def test_the_configured_rule_decides(tmp_path: pathlib.Path) -> None:
     assert found == {"bsi": ([], 0, True), "public-code": ([2], POISONED + 1, False)}
 
 
+def test_groups_beyond_the_most_are_counted(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = attention_table(tmp_path / "attention.parquet")
+    assert scored(tmp_path / "all", table)[0]["groups_left_out"] == 0
+    monkeypatch.setattr("stages.score.run.largest", functools.partial(largest, most=2))
+    summary, _ = scored(tmp_path / "some", table)
+    assert (summary["groups"], summary["groups_left_out"]) == (2, 4)
+
+
+def test_only_the_groups_with_the_largest_shift_are_split(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others need no mixture, and what is told of the first does not depend on their number."""
+    table, fit = attention_table(tmp_path / "attention.parquet"), mock.Mock(wraps=two_components)
+    monkeypatch.setattr("stages.score.shift.two_components", fit)
+    _, groups = scored(tmp_path / "all", table)
+    assert fit.call_count == len(groups) == 6
+    fit.reset_mock()
+    assert scored(tmp_path / "some", table, candidates=2)[1] == groups[:2]
+    assert fit.call_count == 2
+
+
 def test_equal_inputs_give_equal_bytes(tmp_path: pathlib.Path) -> None:
     table = attention_table(tmp_path / "attention.parquet")
     for name in ("a", "b"):
@@ -163,6 +186,7 @@ def test_text_alone(tmp_path: pathlib.Path) -> None:
         "sensitive_layers": [],
         "largest_separation": 0.0,
         "groups": 0,
+        "groups_left_out": 0,
         "candidates": 0,
         "largest_shift": 0.0,
     }
