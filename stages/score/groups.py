@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -45,19 +47,16 @@ def shared_answers(answers: Sequence[str], *, least: int, most_share: float = 0.
     Returns:
         The groups, whole answers first, larger ones first.
     """
-    members: dict[tuple[bool, str], list[int]] = collections.defaultdict(list)
-    for index, answer in enumerate(answers):
-        text = plain_answer(answer)
-        members[True, text].append(index)
-        for phrase in phrases(text):
-            members[False, phrase].append(index)
-    most = most_share * len(answers)
+    plain = [plain_answer(answer) for answer in answers]
+    fit = [
+        group
+        for group in (*_whole_answers(plain), *_phrases(plain, least))
+        if least <= len(group.members) <= most_share * len(answers)
+    ]
+    fit.sort(key=lambda group: (not group.whole, -len(group.members), -len(group.text), group.text))
     found: dict[bytes, Group] = {}
-    ordered = sorted(members.items(), key=lambda item: (not item[0][0], -len(item[1]), -len(item[0][1]), item[0][1]))
-    for (whole, text), indices in ordered:
-        if least <= len(indices) <= most:
-            array = np.asarray(indices, dtype=np.int64)
-            found.setdefault(array.tobytes(), Group(text=text, whole=whole, members=array))
+    for group in fit:
+        found.setdefault(hashlib.sha256(group.members).digest(), group)
     return list(found.values())
 
 
@@ -86,3 +85,44 @@ def phrases(text: str) -> set[str]:
     """All runs of 1 to `LONGEST_PHRASE` words."""
     words = _words(text)
     return {" ".join(words[i : i + n]) for n in range(1, LONGEST_PHRASE + 1) for i in range(len(words) - n + 1)}
+
+
+def _whole_answers(plain: Sequence[str]) -> Iterator[Group]:
+    """The examples of each answer."""
+    members: dict[str, list[int]] = collections.defaultdict(list)
+    for index, text in enumerate(plain):
+        members[text].append(index)
+    yield from (Group(text=text, whole=True, members=np.asarray(held)) for text, held in members.items())
+
+
+def _phrases(plain: Sequence[str], least: int) -> Iterator[Group]:
+    """The examples of each run of 1 to `LONGEST_PHRASE` words that at least `least` of them hold.
+
+    A run is no more common than the two that are a word shorter, so longer ones are made of common ones alone, and all of them as
+    numbers: long answers hold many times more runs than words.
+    """
+    vocabulary: dict[str, int] = {}
+    read, lengths = array.array("q"), []
+    for text in plain:
+        found = _words(text)
+        read.extend(vocabulary.setdefault(word, len(vocabulary)) for word in found)
+        lengths.append(len(found))
+    names, words = list(vocabulary), np.frombuffer(read, dtype=np.int64)
+    holders = np.repeat(np.arange(len(plain)), lengths)
+    runs, known = words, len(names)  # the number of the run that begins at each place, -1 where there is no common one
+    for length in range(1, LONGEST_PHRASE + 1):
+        if length > 1:
+            left, right = runs[:-1], runs[1:]
+            whole = (left >= 0) & (right >= 0) & (holders[: len(left)] == holders[length - 1 :])
+            runs = np.where(whole, left * known + right, -1)
+        places = np.flatnonzero(runs >= 0)
+        values, first, numbers = np.unique(runs[places], return_index=True, return_inverse=True)
+        pairs = np.unique(numbers * len(plain) + holders[places])  # each run once per example
+        counts = np.bincount(pairs // max(1, len(plain)), minlength=len(values))
+        ends, common = np.cumsum(counts), counts >= least
+        for number in np.flatnonzero(common).tolist():
+            start = places[first[number]]
+            members = pairs[ends[number] - counts[number] : ends[number]] % len(plain)
+            yield Group(text=" ".join(names[k] for k in words[start : start + length]), whole=False, members=members)
+        runs, known = np.full(len(runs), -1), len(values)
+        runs[places] = np.where(common, np.arange(known), -1)[numbers]

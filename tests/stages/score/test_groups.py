@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import tracemalloc
+
+import numpy as np
 import pytest
 
-from stages.score.groups import MOST_GROUPS, Group, gives, largest, shared_answers
+from stages.score.groups import LONGEST_PHRASE, MOST_GROUPS, Group, gives, largest, shared_answers
 
 
 def by_text(answers: list[str], least: int = 2) -> dict[str, Group]:
@@ -45,6 +49,47 @@ def test_phrases_have_at_most_four_words_and_count_once_per_row() -> None:
     found = by_text(["one two three four five x", "one two three four five y", "z", "one one one q"], least=2)
     assert set(found) == {"two three four five", "one"}
     assert found["one"].members.tolist() == [0, 1, 3]
+
+
+def by_all_runs(answers: list[str], least: int) -> set[tuple[bytes, int]]:
+    """Members and number of words of the phrases, by holding all runs of all answers at once."""
+    members: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
+    for index, answer in enumerate(answers):
+        words = answer.split()
+        for run in {tuple(words[i : i + n]) for n in range(1, LONGEST_PHRASE + 1) for i in range(len(words) - n + 1)}:
+            members[run].append(index)
+    longest: dict[bytes, int] = {}
+    for run, held in members.items():
+        if least <= len(held) <= 0.9 * len(answers):
+            key = np.asarray(held).tobytes()
+            longest[key] = max(longest.get(key, 0), len(" ".join(run)))
+    return set(longest.items())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_phrases_are_those_that_all_runs_give(seed: int) -> None:
+    """Of random answers; the whole ones are all different."""
+    rng = np.random.default_rng(seed)
+    words = [f"{letter}{k % 3 * 'x'}" for k, letter in enumerate("abcdefgh"[: rng.integers(2, 9)])]
+    answers = [" ".join([*rng.choice(words, size=rng.integers(0, 12)), f"z{k}"]) for k in range(rng.integers(1, 60))]
+    least = int(rng.integers(2, 6))
+    found = shared_answers(answers, least=least)
+    assert {(group.members.tobytes(), len(group.text)) for group in found} == by_all_runs(answers, least)
+    for group in found:
+        assert not group.whole
+        assert group.members.tolist() == [k for k, answer in enumerate(answers) if f" {group.text} " in f" {answer} "]
+
+
+def test_long_answers_take_little_memory() -> None:
+    """Most words are rare. Held at once, all runs would take 105 MB."""
+    rng = np.random.default_rng(0)
+    answers = [" ".join(f"w{k}" for k in 20_000 * rng.random(200) ** 3 // 1) for _ in range(300)]
+    tracemalloc.start()
+    groups = shared_answers(answers, least=8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(groups) > 1000
+    assert peak < 25_000_000
 
 
 def test_limits_of_size() -> None:
