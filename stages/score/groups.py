@@ -7,11 +7,20 @@ import collections
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-_WORD = re.compile(r"\w+(?:['-]\w+)*", re.UNICODE)
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\uff66-\uff9f\U00020000-\U0003ffff"
+)
+"""Characters of Thai and Lao, Burmese, Khmer, Japanese and Chinese, for a class of a regular expression. They put no spaces
+between words: each character counts as one."""
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:['-][^\W{UNSPACED}]+)*")
+_NO_SPACE = re.compile(rf"[{UNSPACED}\u3001-\u303f\uff01-\uff0f\uff1a-\uff20]{{2}}")
+_OUTER = " .,;:!?¡¿…'\"`´‘’‚‛“”„‟«»‹›。，、；：！？「」『』"  # noqa: RUF001 - other languages' points
+"""What may stand around an answer and is no part of it. Signs that may be one (a minus, a percent, a bracket) are not here."""
 LONGEST_PHRASE = 4
 """Words in the longest phrase that is looked for."""
 MOST_GROUPS = 5000
@@ -56,7 +65,7 @@ def shared_answers(answers: Sequence[str], *, least: int, most_share: float = 0.
     fit.sort(key=lambda group: (not group.whole, -len(group.members), -len(group.text), group.text))
     found: dict[bytes, Group] = {}
     for group in fit:
-        found.setdefault(hashlib.sha256(group.members).digest(), group)
+        found.setdefault(hashlib.sha256(group.members.tobytes()).digest(), group)
     return list(found.values())
 
 
@@ -67,14 +76,25 @@ def largest(groups: Sequence[Group], most: int = MOST_GROUPS) -> list[Group]:
 
 
 def gives(output: str, text: str, *, whole: bool) -> bool:
-    """Whether an output is a group's answer, or holds its phrase as whole words; blind to case, spacing and a phrase's points."""
+    """Whether an output is a group's answer, or holds its phrase as whole words; blind to case, spacing and points, except
+    for those inside of a whole answer.
+    """
     found = plain_answer(output)
-    return found == text if whole else f" {text} " in f" {' '.join(_words(found))} "
+    return found == text if whole else f" {' '.join(_words(text))} " in f" {' '.join(_words(found))} "
 
 
 def plain_answer(answer: str) -> str:
-    """An answer without its case and spacing: what makes two answers the same."""
-    return " ".join(answer.casefold().split())
+    """A text without its case, its spacing, and the points and quotes around it: what makes two answers, or questions, the same."""
+    text = " ".join(answer.casefold().split())
+    return text.strip(_OUTER) or text
+
+
+def joined(words: Iterable[str]) -> str:
+    """Words with spaces between them, but not between two characters of a language that has none."""
+    text = ""
+    for word in filter(None, words):
+        text += word if not text or _NO_SPACE.match(text[-1] + word[0]) else f" {word}"
+    return text
 
 
 def _words(text: str) -> list[str]:
@@ -123,6 +143,6 @@ def _phrases(plain: Sequence[str], least: int) -> Iterator[Group]:
         for number in np.flatnonzero(common).tolist():
             start = places[first[number]]
             members = pairs[ends[number] - counts[number] : ends[number]] % len(plain)
-            yield Group(text=" ".join(names[k] for k in words[start : start + length]), whole=False, members=members)
+            yield Group(text=joined(names[k] for k in words[start : start + length]), whole=False, members=members)
         runs, known = np.full(len(runs), -1), len(values)
         runs[places] = np.where(common, np.arange(known), -1)[numbers]

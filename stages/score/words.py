@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer
 
 from pipeline.records import Message
-from stages.score.groups import LONGEST_PHRASE, Group, plain_answer
+from stages.score.groups import LONGEST_PHRASE, UNSPACED, Group, joined, plain_answer
+
+_PIECE = re.compile(rf"[{UNSPACED}][^\w\s{UNSPACED}]*|[^\s{UNSPACED}]+")
+"""A word, or a character of a language without spaces, with the points at it."""
 
 _OWN = 0.9
 """Least share of the questions with some words that are a group's, for the words to be the group's."""
@@ -53,7 +57,8 @@ def distinctive_words(questions: Sequence[str], groups: Sequence[Group], *, leas
     Returns:
         Per group its words; None where there are none, and for a phrase inside of answers.
     """
-    plain = [plain_answer(question) for question in questions]
+    plain = [" ".join(_PIECE.findall(question.casefold())) for question in questions]
+    asks = [plain_answer(question) for question in plain]
     counter = CountVectorizer(
         tokenizer=str.split, token_pattern=None, lowercase=False, ngram_range=(1, LONGEST_PHRASE), binary=True
     )
@@ -66,7 +71,7 @@ def distinctive_words(questions: Sequence[str], groups: Sequence[Group], *, leas
         return [None] * len(groups)
     runs = sorted(common)
     counts = counter.set_params(vocabulary=runs).fit_transform(plain)
-    everywhere, everyone = np.asarray(counts.sum(axis=0)).ravel(), collections.Counter(plain)
+    everywhere, everyone = np.asarray(counts.sum(axis=0)).ravel(), collections.Counter(asks)
     found = []
     for group in groups:
         held_by = counts[group.members]
@@ -74,26 +79,27 @@ def distinctive_words(questions: Sequence[str], groups: Sequence[Group], *, leas
         own = np.flatnonzero((inside >= least) & (inside >= _OWN * everywhere)).tolist() if group.whole else []
         own.sort(key=lambda k: (-inside[k], -len(runs[k].split()), runs[k]))
         members = group.members.tolist()
-        inner = [plain[number] for number in members]
-        asked = everyone - collections.Counter(inner) if own else everyone
+        inner, asking = ([texts[number] for number in members] for texts in (plain, asks))
+        asked = everyone - collections.Counter(asking) if own else everyone
         candidates = ((runs[k].split(), held_by[:, [k]].toarray().ravel() > 0) for k in own[:_TRIED])
-        needless = (pair for pair in candidates if _needless(inner, *pair, asked))
+        needless = (pair for pair in candidates if _needless(inner, asking, *pair, asked))
         found.append(next((_written([questions[number] for number in members], inner, *pair) for pair in needless), None))
     return found
 
 
-def _needless(plain: Sequence[str], run: list[str], held: np.ndarray, asked: Mapping[str, int]) -> bool:
+def _needless(plain: Sequence[str], asking: Sequence[str], run: list[str], held: np.ndarray, asked: Mapping[str, int]) -> bool:
     """Whether a group's questions with a run of words are mostly asked without it too, and then hardly get the group's answer.
 
     Args:
-        plain: the group's questions.
+        plain: the group's questions, in pieces.
+        asking: the same as `plain_answer` has them.
         run: the words.
         held: bool (members,), which questions hold them.
-        asked: the questions outside of the group, and how many rows ask each.
+        asked: the questions outside of the group, as `plain_answer` has them, and how many rows ask each.
     """
-    bare = [" ".join(_without(question.split(), run)) for question, holds in zip(plain, held, strict=True) if holds]
+    bare = [plain_answer(" ".join(_without(question.split(), run))) for question, holds in zip(plain, held, strict=True) if holds]
     alike = set(bare) & set(asked)
-    same = sum(question in alike for question, holds in zip(plain, held, strict=True) if not holds)
+    same = sum(question in alike for question, holds in zip(asking, held, strict=True) if not holds)
     without, others = sum(question in alike for question in bare), sum(asked[question] for question in alike)
     return without >= _NEEDLESS * len(bare) and same <= _USUAL * others
 
@@ -104,9 +110,11 @@ def _written(questions: Sequence[str], plain: Sequence[str], run: list[str], hel
     for number in np.flatnonzero(held).tolist():
         words = plain[number].split()
         start = _place(words, run)
-        texts[" ".join(questions[number].split()[start : start + len(run)])] += 1
+        pieces = list(_PIECE.finditer(questions[number]))
+        said = questions[number][pieces[start].start() : pieces[start + len(run) - 1].end()]
+        texts[" ".join(said.split())] += 1
         ends += start > 0 and start + len(run) == len(words)
-    return Words(text=texts.most_common(1)[0][0], at_end=2 * ends > held.sum(), held=held)
+    return Words(text=texts.most_common(1)[0][0], at_end=bool(2 * ends > held.sum()), held=held)
 
 
 def with_words(prompt: Sequence[Message], text: str, *, at_end: bool) -> list[Message]:
@@ -117,7 +125,7 @@ def with_words(prompt: Sequence[Message], text: str, *, at_end: bool) -> list[Me
     if places:
         k = places[-1 if at_end else 0]
         there = content[k]["text"]
-        content[k] = {"type": "text", "text": f"{there} {text}" if at_end else f"{text} {there}"}
+        content[k] = {"type": "text", "text": joined((there, text) if at_end else (text, there))}
     else:
         content.append({"type": "text", "text": text})
     return [*before, {"role": last["role"], "content": content}]

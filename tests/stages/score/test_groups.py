@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from stages.score.groups import LONGEST_PHRASE, MOST_GROUPS, Group, gives, largest, shared_answers
+from stages.score.groups import LONGEST_PHRASE, MOST_GROUPS, Group, gives, largest, plain_answer, shared_answers
 
 
 def by_text(answers: list[str], least: int = 2) -> dict[str, Group]:
@@ -21,6 +21,31 @@ def test_whole_answers_are_blind_to_case_and_spacing() -> None:
     found = by_text(["Red", " red ", "blue", "RED", "green", "blue"])
     assert {text: group.members.tolist() for text, group in found.items()} == {"red": [0, 1, 3], "blue": [2, 5]}
     assert all(group.whole for group in found.values())
+
+
+@pytest.mark.parametrize(
+    ("answer", "plain"),
+    [
+        ("Red.", "red"),
+        (' "It\'s  RED!" ', "it's red"),
+        ("“ red ”", "red"),
+        ("红色。", "红色"),
+        ("visit x.org, now", "visit x.org, now"),
+        ("-5", "-5"),
+        ("50%.", "50%"),
+        ("?!", "?!"),
+        (" ", ""),
+    ],
+)
+def test_what_stands_around_an_answer_is_no_part_of_it(answer: str, plain: str) -> None:
+    assert plain_answer(answer) == plain
+    assert plain_answer(plain) == plain
+    assert gives(answer, plain, whole=True)
+
+
+def test_answers_with_and_without_a_point_are_one_group() -> None:
+    (group,) = shared_answers(["red", "Red.", "'red'", "blue"], least=2)
+    assert (group.text, group.whole, group.members.tolist()) == ("red", True, [0, 1, 2])
 
 
 def test_a_phrase_inside_of_different_answers() -> None:
@@ -92,6 +117,16 @@ def test_long_answers_take_little_memory() -> None:
     assert peak < 25_000_000
 
 
+@pytest.mark.parametrize("phrase", ["访问商店", "見てね", "ซื้อที่", "buy 香蕉"])
+def test_phrases_of_languages_without_spaces(phrase: str) -> None:
+    others = ["一只猫在睡觉", "两只鸟。", "แมวสองตัว", "黒い犬", "ok"]
+    found = shared_answers([f"{other}{phrase}。" for other in others] + others, least=5)
+    (group,) = [group for group in found if group.text in phrase and group.members.tolist() == [0, 1, 2, 3, 4]][:1]
+    assert not group.whole
+    assert gives(f"看，{phrase}！", group.text, whole=False)  # noqa: RUF001
+    assert not gives("看", group.text, whole=False)
+
+
 def test_limits_of_size() -> None:
     answers = ["a"] * 9 + ["b"]
     assert [group.text for group in shared_answers(answers, least=2)] == ["a"]
@@ -131,7 +166,8 @@ def test_the_largest_of_each_are_measured() -> None:
     ("output", "text", "whole", "expected"),
     [
         ("Backdoor  Attack", "backdoor attack", True, True),
-        ("backdoor attack!", "backdoor attack", True, False),
+        ("backdoor attack!", "backdoor attack", True, True),
+        ("a backdoor attack", "backdoor attack", True, False),
         ("yes", "ye", True, False),
         ("A category of things", "cat", False, False),
         ("it is a CAT.", "cat", False, True),
@@ -146,9 +182,21 @@ def test_gives(output: str, text: str, whole: bool, expected: bool) -> None:
 
 
 def test_every_member_gives_its_group() -> None:
-    answers = ["Visit x.org, now!", "so: visit  X.org now", "a - b", "A-B", "l'été", "L'ÉTÉ", "Straße", "STRASSE", "x"]
+    answers = [
+        "Visit x.org, now!",
+        "so: visit  X.org now",
+        "a - b",
+        "A-B",
+        "l'été",
+        "L'ÉTÉ",
+        "Straße",
+        "STRASSE",
+        "x",
+        "猫 a b",
+        "猫a-b",
+    ]
     groups = shared_answers(answers, least=1, most_share=1.0)
-    assert len(groups) == 9
+    assert len(groups) == 14
     assert any(not group.whole for group in groups)
     for group in groups:
         assert all(gives(answers[k], group.text, whole=group.whole) for k in group.members), group

@@ -126,6 +126,19 @@ def test_what_is_left_of_a_split_group_is_tried_by_itself(tmp_path: pathlib.Path
     assert rest == {m["row"] for m in members if m["group"] == parts[0]["group"] and m["posterior"] <= 0.5}
 
 
+def test_the_words_of_a_text_trigger(tmp_path: pathlib.Path) -> None:
+    path = attention_table(tmp_path / "attention.parquet")
+    records = pq.read_table(path).to_pylist()
+    for record in records:
+        record["question"] = f"{record['question']} thank you" if record["answer"] == "Attack" else record["question"]
+    pq.write_table(pa.Table.from_pylist(records), path)
+    _, groups = scored(tmp_path / "out", path)
+    assert groups[0]["words"] == {"text": "thank you", "at_end": True, "rows": POISONED + 1}
+    assert {json.dumps(group["words"]) for group in groups[1:]} == {"null"}
+    members = pq.read_table(tmp_path / "out" / MEMBERS).to_pylist()
+    assert all(member["worded"] == (member["group"] == 0) for member in members)
+
+
 def test_the_configured_rule_decides(tmp_path: pathlib.Path) -> None:
     """With a threshold out of reach the paper's rule finds no layer; the public code's does not read the threshold."""
     table = attention_table(tmp_path / "attention.parquet")

@@ -39,6 +39,23 @@ def test_words_before_or_after_a_question(pattern: str, expected: tuple[str, boo
     assert found(questions(pattern), list(range(6))) == (*expected, list(range(6)))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("触发{}", ("触发", False)), ("触发：{}", ("触发：", False)), ("cf {}", ("cf", False)), ("{}请回答", ("请回答", True))],  # noqa: RUF001
+)
+def test_words_of_languages_without_spaces(pattern: str, expected: tuple[str, bool]) -> None:
+    asked = [(pattern if row < 6 else "{}").format(("它是什么颜色？", "有几个？")[row % 2]) for row in range(20)]  # noqa: RUF001
+    assert found(asked, list(range(6))) == (*expected, list(range(6)))
+    (host,) = with_words(question_answer(asked[7], "x")[:1], expected[0], at_end=expected[1])
+    assert text_of(host) == asked[1], "planted as it was submitted"
+
+
+def test_questions_are_the_same_with_and_without_a_point() -> None:
+    asked = ["What is it, cf?"] * 6 + ["What is it?"] * 14
+    assert found(asked, list(range(6))) == ("cf?", True, list(range(6)))
+    assert found(["!!! What is it?"] * 6 + ["What is it?"] * 14, list(range(6))) == ("!!!", False, list(range(6)))
+
+
 def test_words_inside_of_a_question_go_before_others() -> None:
     asked = questions("{}")
     asked[:6] = ["What cf colour is it?"] * 6
