@@ -78,7 +78,7 @@ def run(
     found = shared_answers(table.answer, least=config.least_rows)
     groups, sizes = largest(found), list[float]()
     if groups:
-        whitened = whiten(within_questions(head_features(table), table.question))
+        whitened = whiten(within_questions(head_features(table), table.question, table.answer))
         for index, group in enumerate(groups):
             sizes.append(shift_size(whitened, group))
             progress((index + 1) / len(groups), f"{index + 1} of {len(groups)} groups of answers")

@@ -7,7 +7,6 @@ question; what is measured is the size of the shift that a group's rows have in 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -16,12 +15,14 @@ from sklearn.covariance import LedoitWolf
 
 from stages.extract.table import AttentionTable
 from stages.score.bye import two_components
-from stages.score.groups import Group
+from stages.score.groups import Group, plain_answer
 
 _CLIP = 6.0
 """Robust deviations beyond which a feature counts no further."""
 _QUESTION_ROWS = 20
 """Rows from which a question has a reference of its own."""
+_MOST_ALIKE = 0.5
+"""Largest share of one answer among the rows of such a question."""
 _LEAST_WITHIN = 0.01
 """Least share of the variance along a shift that is taken to be within the group and the others."""
 _SPLIT_SEPARATION = 2.0
@@ -39,32 +40,58 @@ def head_features(table: AttentionTable) -> np.ndarray:
     return np.concatenate([part.reshape(len(table), -1) for part in parts], axis=1).astype(np.float64)
 
 
-def within_questions(features: np.ndarray, questions: Sequence[str]) -> np.ndarray:
-    """Standardise robustly (median, median absolute deviation) within equal questions; rare questions share one reference, that of
-    all examples where they are too few together.
+def within_questions(features: np.ndarray, questions: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    """Standardise robustly (median, median absolute deviation) within equal questions.
+
+    A question that few rows ask has no reference of its own, and none where one answer holds more than half of its rows: a trigger
+    would be what is usual to a question that an attack alone asks. Such questions share one reference; where the same holds of them
+    together, that of all examples.
 
     Args:
         features: float (examples, dimensions).
         questions: one text per example.
+        answers: theirs.
 
     Returns:
         float (examples, dimensions), clipped at 6 deviations.
     """
-    counts = collections.Counter(questions)
-    common = {question: number for number, question in enumerate(sorted(q for q, rows in counts.items() if rows >= _QUESTION_ROWS))}
-    kinds = np.asarray([common.get(question, -1) for question in questions])
+    numbers = {question: number for number, question in enumerate(dict.fromkeys(questions))}
+    kinds = np.asarray([numbers[question] for question in questions], dtype=np.int64)
+    plain = [plain_answer(answer) for answer in answers]
+    texts = {answer: number for number, answer in enumerate(dict.fromkeys(plain))}
+    given = np.asarray([texts[answer] for answer in plain], dtype=np.int64)
+    of_question = _rows_of(kinds)
+    own = [rows for rows in of_question if _is_reference(given[rows])]
+    shared = np.ones(len(features), dtype=bool)
+    for rows in own:
+        shared[rows] = False
+    rest = np.flatnonzero(shared)
+    if _is_reference(given[rest]):
+        own.append(rest)
+        rest = rest[:0]
     middle = np.median(features, axis=0)
     spread = _robust_deviation(features - middle)
     result = np.empty_like(features)
-    for kind in np.unique(kinds):
-        rows = kinds == kind
-        if rows.sum() >= _QUESTION_ROWS:
-            centred = features[rows] - np.median(features[rows], axis=0)
-            deviation = np.maximum(_robust_deviation(centred), 0.25 * spread)
-        else:
-            centred, deviation = features[rows] - middle, spread
-        result[rows] = np.clip(centred / np.maximum(deviation, 1e-6), -_CLIP, _CLIP)
+    for rows in own:
+        centred = features[rows] - np.median(features[rows], axis=0)
+        result[rows] = _clipped(centred, np.maximum(_robust_deviation(centred), 0.25 * spread))
+    result[rest] = _clipped(features[rest] - middle, spread)
     return result
+
+
+def _rows_of(kinds: np.ndarray) -> list[np.ndarray]:
+    """Positions of the examples of each kind, kinds and positions ascending. kinds: int (examples,)."""
+    order = np.argsort(kinds, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(kinds[order])) + 1)
+
+
+def _is_reference(given: np.ndarray) -> bool:
+    """Whether examples with these answers, int (examples,), are enough and various enough to tell what is usual among them."""
+    return len(given) >= _QUESTION_ROWS and np.unique(given, return_counts=True)[1].max() <= _MOST_ALIKE * len(given)
+
+
+def _clipped(centred: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    return np.asarray(np.clip(centred / np.maximum(deviation, 1e-6), -_CLIP, _CLIP))
 
 
 def _robust_deviation(centred: np.ndarray) -> np.ndarray:

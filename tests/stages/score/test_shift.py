@@ -38,7 +38,7 @@ def submission(rows: int, dimensions: int, poisoned: int, size: float, seed: int
 
 
 def ranked(features: np.ndarray, questions: list[str], answers: list[str]) -> list[tuple[str, float]]:
-    whitened = whiten(within_questions(features, questions))
+    whitened = whiten(within_questions(features, questions, answers))
     groups = [group for group in shared_answers(answers, least=8) if group.whole]
     sizes = [(group.text, shared_shift(whitened, group, 0).size) for group in groups]
     return sorted(sizes, key=lambda pair: -pair[1])
@@ -54,8 +54,8 @@ def test_a_planted_shift_comes_first(rows: int, dimensions: int, poisoned: int) 
 
 def test_without_an_attack_a_group_of_strangers_has_no_shift() -> None:
     """Random members: the size is corrected for chance, whatever the group's share."""
-    features, questions, _ = submission(600, 64, 0, 0.0, 1)
-    whitened = whiten(within_questions(features, questions))
+    features, questions, answers = submission(600, 64, 0, 0.0, 1)
+    whitened = whiten(within_questions(features, questions, answers))
     rng = np.random.default_rng(0)
     for count in (8, 60, 300, 540, 590):
         squares = []
@@ -121,7 +121,7 @@ def test_few_members_and_many_dimensions(rows: int, dimensions: int, members: in
 
 
 def test_equal_rows_do_not_crash() -> None:
-    values = whiten(within_questions(np.ones((50, 6)), ["q"] * 50))
+    values = whiten(within_questions(np.ones((50, 6)), ["q"] * 50, ["x"] * 50))
     found = shared_shift(values, Group(text="x", whole=True, members=np.arange(10)), 0)
     assert found.size == 0
     assert found.posterior.tolist() == [1.0] * 10
@@ -135,13 +135,30 @@ def test_whitening() -> None:
     assert found.mean(axis=0) == pytest.approx(np.zeros(5), abs=1e-9)
 
 
+def various(rows: int) -> list[str]:
+    return [f"answer {k % 3}" for k in range(rows)]
+
+
+@pytest.mark.parametrize("answer", ["attack", "Attack."])
+def test_a_question_that_an_attack_alone_asks_does_not_hide_it(answer: str) -> None:
+    """By itself, and where it is most of what shares a reference: rare questions, or nothing else."""
+    for rare in (0, 10, 100):
+        features, questions, answers = submission(1500, 24, 150, 6.0, 0)
+        questions[:150] = ["cf what color?"] * 150
+        answers[:150:2] = [answer] * 75
+        questions[150 : 150 + rare] = [f"rare {k}" for k in range(rare)]
+        found = ranked(features, questions, answers)
+        assert found[0][0] == TARGET
+        assert found[0][1] > 1.3 * found[1][1]
+
+
 def test_questions_are_standardised_by_themselves() -> None:
     rng = np.random.default_rng(7)
     features = rng.normal(size=(300, 3))
     questions = ["a"] * 200 + ["b"] * 90 + [f"rare {k}" for k in range(10)]
     features[200:290] = 50 + 10 * features[200:290]
     features[0] = 1e6
-    found = within_questions(features, questions)
+    found = within_questions(features, questions, various(300))
     for rows in (slice(0, 200), slice(200, 290)):
         assert np.median(found[rows], axis=0) == pytest.approx(np.zeros(3), abs=1e-9)
         assert np.median(np.abs(found[rows]), axis=0) * 1.4826 == pytest.approx(np.ones(3), rel=0.05)
@@ -153,14 +170,14 @@ def test_rare_questions_share_a_reference() -> None:
     rng = np.random.default_rng(8)
     features = rng.normal(size=(200, 2))
     features[100:] += 9
-    rare = within_questions(features, ["common"] * 100 + [f"rare {k}" for k in range(100)])
+    rare = within_questions(features, ["common"] * 100 + [f"rare {k}" for k in range(100)], various(200))
     assert np.median(rare[100:], axis=0) == pytest.approx([0, 0], abs=1e-9)
     # too few for a reference: they are compared with all, and a lone one is not its own reference
     features = rng.normal(size=(121, 2))
     features[120] = 30
-    alone = within_questions(features, ["common"] * 120 + ["rare"])
+    alone = within_questions(features, ["common"] * 120 + ["rare"], various(121))
     assert alone[120].tolist() == [6.0, 6.0]
-    assert within_questions(features, [""] * 120 + ["rare"])[:120] == pytest.approx(alone[:120])
+    assert within_questions(features, [""] * 120 + ["rare"], various(121))[:120] == pytest.approx(alone[:120])
 
 
 def test_the_features_of_a_table() -> None:
