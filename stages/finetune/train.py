@@ -12,7 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from pipeline.config import FinetuneConfig
 from pipeline.engine import TrainContext
-from pipeline.errors import StageError
+from pipeline.errors import ModelError, StageError
 from pipeline.models import Dtype, base_identity, hidden_size, load_base, pick_device
 from pipeline.prompts import Batch
 from stages.finetune.data import Schedule, StepBatches, open_rows
@@ -21,6 +21,9 @@ from stages.finetune.recorder import Recorder, step_losses
 
 ADAPTER = "adapter"
 LOSS = "loss.jsonl"
+_LARGE = 1_000_000_000
+"""Parameters above which a GPU needs its activations' memory: a layer keeps some 34 bytes per token and dimension (Korthikanti et
+al., 2022, section 4.1), so that 16 examples of 600 tokens take 16 GB with 24 layers of 2048 dimensions."""
 
 
 def train_adapter(
@@ -67,6 +70,8 @@ def train_adapter(
     model.config.get_text_config().use_cache = False
     arguments.learning_rate = learning_rate(config, hidden_size(model))
     adapted = add_lora(model, config)
+    if checkpoints_activations(config, arguments.device, sum(p.numel() for p in model.parameters())):
+        _checkpoint_activations(model)
     recorder = Recorder(
         context,
         schedule.steps_per_epoch,
@@ -89,7 +94,10 @@ def train_adapter(
         with context.resume_from() as checkpoint:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
-        raise StageError(f"the GPU's memory is too small: lower finetune.batch_size (now {config.batch_size})") from error
+        raise StageError(
+            f"the GPU's memory is too small: lower finetune.batch_size (now {config.batch_size}) "
+            "or set finetune.gradient_checkpointing"
+        ) from error
     history = step_losses(trainer.state.log_history)
     if context.rank == 0:
         write_adapter(adapted, out / ADAPTER, base_identity(base))
@@ -104,6 +112,22 @@ def train_adapter(
         "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         "seconds_per_step": recorder.seconds_per_step,
     }
+
+
+def checkpoints_activations(config: FinetuneConfig, device: torch.device, parameters: int) -> bool:
+    """Whether the activations of a base of so many parameters are computed again rather than kept."""
+    if config.gradient_checkpointing is None:
+        return device.type == "cuda" and parameters > _LARGE
+    return config.gradient_checkpointing
+
+
+def _checkpoint_activations(model: Any) -> None:
+    try:  # not re-entrant: that would need embeddings with gradients, and a batch may be without pictures
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(
+            f"{type(model).__name__} can't compute its activations again; set finetune.gradient_checkpointing: false"
+        ) from error
 
 
 def _arguments(

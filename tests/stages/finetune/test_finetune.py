@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pipeline.config import EngineConfig, FinetuneConfig
 from pipeline.engine.local import LocalContext, LocalEngine
@@ -17,7 +18,7 @@ from pipeline.errors import StageError, SubmissionError
 from pipeline.models import load_adapter, load_base
 from pipeline.records import no_progress
 from stages import finetune
-from stages.finetune.train import train_adapter
+from stages.finetune.train import checkpoints_activations, train_adapter
 from tests.conftest import colour_samples, write_shards
 
 ROWS = 22
@@ -116,6 +117,41 @@ def test_an_interrupted_run_goes_on_to_the_same_end(finished: tuple[Folders, dic
     folders.run(progress=lambda share, text: told.append(share))
     assert min(told) > 0.5, "started from the beginning"
     assert folders.files() == finished[0].files()
+
+
+def test_activations_that_are_computed_again_give_the_same_adapter(
+    finished: tuple[Folders, dict[str, Any]], folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    forward = LlamaMLP.forward
+
+    def counted(self: Any, hidden: torch.Tensor) -> Any:
+        calls.append(None)
+        return forward(self, hidden)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    folders.run(CONFIG.model_copy(update={"gradient_checkpointing": True}))
+    assert len(calls) == 2 * 3 * STEPS, "three layers, each step, twice"
+    assert folders.losses() == [pytest.approx(entry) for entry in finished[0].losses()]
+    one, other = (safetensors.torch.load_file(one.out / "adapter/adapter_model.safetensors") for one in (finished[0], folders))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "parameters", "expected"),
+    [
+        (None, "cuda", 7e9, True),
+        (None, "cuda", 3e6, False),
+        (None, "cpu", 7e9, False),
+        (True, "cpu", 3e6, True),
+        (False, "cuda", 7e9, False),
+    ],
+)
+def test_activations_of_large_bases_are_computed_again_on_a_gpu(
+    asked: bool | None, device: str, parameters: float, expected: bool
+) -> None:
+    config = FinetuneConfig(gradient_checkpointing=asked)
+    assert checkpoints_activations(config, torch.device(device), int(parameters)) == expected
 
 
 def test_the_order_and_the_weights_follow_the_seed(
