@@ -124,9 +124,10 @@ def load_base(folder: pathlib.Path, *, dtype: Dtype = "auto", device: torch.devi
     processor = load_processor(folder)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    whole = None if where.type == "cpu" else {"": where}  # weights go there one by one: the CPU needn't hold them all
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, **safe, dtype=chosen, use_safetensors=True, output_loading_info=True
+            folder, **safe, dtype=chosen, use_safetensors=True, output_loading_info=True, device_map=whole
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         raise ModelError(f"{folder}: the base model can't be loaded: {error}") from error

@@ -124,6 +124,17 @@ def test_identity_needs_weights(tmp_path: pathlib.Path) -> None:
         models.base_identity(tmp_path)
 
 
+def test_a_base_for_a_gpu_never_lies_on_the_cpu(tiny_base: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **given: Any) -> None:
+        raise OSError(f"onto {given['device_map']}")
+
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", load)
+    with pytest.raises(ModelError, match=r"onto {'': device.type='cuda', index=0.}"):
+        models.load_base(tiny_base, device="cuda:0")
+    with pytest.raises(ModelError, match="onto None"):
+        models.load_base(tiny_base, device="cpu")
+
+
 def test_load_base(tiny_base: pathlib.Path) -> None:
     model, processor = models.load_base(tiny_base, device="cpu", dtype="bfloat16")
     assert not model.training
