@@ -176,6 +176,7 @@ class Judge:
         purified = rows = closing.tokens.any(-1)
         again = None
         while bool(rows.any()):
+            again = None  # its cache goes before the next is made
             again = self._prefill(call, module, kwargs, closing.block)
             rows = closing.widen(rows & (again.logits[:, -1].argmax(-1) == first))
         if again is None:
