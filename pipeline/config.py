@@ -210,6 +210,7 @@ class GuardConfig(Section):
         description="Target share of clean inputs, by distance and by a rare first token each, that are tried causally: their "
         "picture tokens are planted into a few kept prompts. 0: none, as published.",
     )
+    batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Reference rows per prefill on one worker.")
     hosts: int = pydantic.Field(8, ge=6, le=64, description="Kept prompts that suspicious inputs are tried on.")
     action: Literal["purify", "refuse", "report"] = pydantic.Field(
         "purify",

@@ -39,11 +39,10 @@ from storage.subset import copy_rows, pictured_rows
 
 _log = logging.getLogger(__name__)
 
-VERSION = 9
+VERSION = 10
 SURE_ROWS = 100
 """Reference rows below which the guard misses attacks (docs/results/purification.md, ablations): half of them with 50 rows."""
 CALIBRATION = "calibration.parquet"
-_BATCH = 32
 _TRIED = 100
 """Reference rows whose picture tokens are planted into the hosts, for the causal test's thresholds."""
 _CANDIDATES = 8
@@ -97,7 +96,7 @@ def run(
         "base": str(base),
         "adapter": str(adapter),
         "dtype": dtype,
-        "batch_size": _BATCH,
+        "batch_size": config.batch_size,
         "layers": config.layers,
         "features": features,
         "hosts": [str(path) for path in hosts],
@@ -105,7 +104,7 @@ def run(
     }
     tables = []
     done = 0
-    for table in engine.map_shards(shards, ReferenceWorker, arguments, batch_rows=_BATCH):
+    for table in engine.map_shards(shards, ReferenceWorker, arguments, batch_rows=config.batch_size):
         tables.append(table)
         done += len(set(table["row"].to_pylist()))
         progress(done / len(drawn), f"{done} of {len(drawn)} reference rows")
@@ -130,10 +129,11 @@ def run(
         layer_thresholds=torch.from_numpy(layer_thresholds(vectors, fit, len(layers), config.false_positive_rate)).float(),
     )
     transfer = causal_rule(reference, fit, hosts, config) if hosts else None
-    if len(vectors) < SURE_ROWS:
-        _log.warning("the guard has %d reference rows; with fewer than %d it misses attacks", len(vectors), SURE_ROWS)
+    count = len(reference["row"].unique())
+    if count < SURE_ROWS:
+        _log.warning("the guard has %d reference rows; with fewer than %d it misses attacks", count, SURE_ROWS)
     facts: dict[str, Any] = {
-        "reference_rows": len(vectors),
+        "reference_rows": count,
         "dtype": reference["dtype"][0].as_py(),
         "false_positive_rate": config.false_positive_rate,
         "false_positive_interval": list(fit.rate_interval),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 import pathlib
 import shutil
+import types
 from typing import Any
 
 import numpy as np
@@ -97,6 +99,24 @@ def test_few_reference_rows_are_warned_of(
     monkeypatch.setattr("stages.guard.run.SURE_ROWS", enough)
     stage.run("a", reference_rows=52, suspicion_rate=0)
     assert ("the guard has 52 reference rows" in caplog.text) == warned
+
+
+def test_reference_rows_are_rows_not_turns(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    told: dict[str, Any] = {}
+    turns = [dataclasses.replace(s, messages=s.messages + question_answer("and that?", "y", 0)) for s in samples()]
+    write_shards(stage.folder / "turns", turns)
+    stage.inputs["rows"] = stage.folder / "turns"
+    shards = stage.engine.map_shards
+
+    def watched(paths: Any, build: Any, arguments: dict[str, Any], **more: Any) -> Any:
+        told.update(arguments)
+        return shards(paths, build, arguments, **more)
+
+    stage.engine = types.SimpleNamespace(map_shards=watched)
+    summary, _ = stage.run("a", reference_rows=52, suspicion_rate=0, batch_size=6)
+    assert summary["reference_rows"] == 52
+    assert "the guard has 52 reference rows" in caplog.text
+    assert told["batch_size"] == 6
 
 
 def test_what_is_written(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path) -> None:
