@@ -16,7 +16,7 @@ EXPANSION_LIMIT = 100
 EXPANSION_FLOOR = 256_000_000
 """Bytes, decompressed, that any file may have."""
 ROWS_FLOOR = 100_000
-"""Rows that any file may have; more rows than bytes are a bomb."""
+"""Rows, and values of a column, that any file may have; more of them than bytes are a bomb."""
 
 TextLayout = Literal["question", "messages", "conversations"]
 _TEXTS: dict[TextLayout, tuple[str, ...]] = {
@@ -83,7 +83,7 @@ def check_expansion(metadata: pq.FileMetaData, size: int, name: str) -> None:
         name: the file's name, for messages.
 
     Raises:
-        SubmissionError: above EXPANSION_LIMIT times its size, or more rows than bytes.
+        SubmissionError: above EXPANSION_LIMIT times its size, or more rows, or values of a column, than bytes.
     """
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     decoded = sum(group.total_byte_size for group in groups)
@@ -91,6 +91,11 @@ def check_expansion(metadata: pq.FileMetaData, size: int, name: str) -> None:
         raise SubmissionError(f"{name}: {size} bytes decompress to {decoded}; the limit is {EXPANSION_LIMIT} times")
     if metadata.num_rows > max(ROWS_FLOOR, size):
         raise SubmissionError(f"{name}: {metadata.num_rows} rows in {size} bytes")
+    for index in range(metadata.num_columns):  # a list without values takes no bytes, whatever its length
+        values = sum(group.column(index).num_values for group in groups if index < group.num_columns)
+        if values > max(ROWS_FLOOR, size):
+            path = metadata.schema.column(index).path
+            raise SubmissionError(f"{name}: column {path} has {values} values in {size} bytes")
 
 
 def _check_types(schema: pa.Schema, layout: Layout, name: str) -> None:

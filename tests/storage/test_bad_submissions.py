@@ -229,6 +229,12 @@ CASES: list[tuple[str, str, Build, str | None]] = [
         None,
     ),
     ("bomb of rows", "500000 rows in", null_rows, None),
+    (
+        "bomb of pictures in a row",
+        "column images.list.element has 2000000 values in",
+        table({"images": pa.array([[None] * 2_000_000], pa.list_(pa.binary())), "question": TEXT, "answer": TEXT}),
+        None,
+    ),
 ]
 
 
