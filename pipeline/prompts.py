@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jinja2
@@ -88,11 +88,7 @@ def encode_training(processor: Any, examples: Sequence[Example], max_length: int
     kept = batch["attention_mask"].bool()
     lengths = [int(n) + len(answer) for n, answer in zip(kept.sum(1), tokens, strict=True)]
     for example, length in zip(examples, lengths, strict=True):
-        if length > max_length:
-            raise SubmissionError(
-                f"row {example.row}, answer {example.turn}: {length} tokens with its pictures, the limit is {max_length}; "
-                "raise finetune.max_length or take the row out"
-            )
+        _check_length(example, length, max_length, "with")
     longest = max(lengths)
     shape = batch["input_ids"].shape
     per_token = [name for name, value in batch.items() if value.shape == shape and not value.is_floating_point()]
@@ -110,6 +106,27 @@ def encode_training(processor: Any, examples: Sequence[Example], max_length: int
                 padded[index, start : lengths[index]] = 1
         encoded[name] = padded
     return encoded
+
+
+def check_texts(processor: Any, examples: Iterable[Example], max_length: int) -> None:
+    """Refuse examples that can't be trained on, as far as their texts tell: no picture is looked at.
+
+    Raises:
+        SubmissionError: an example that the chat template refuses, or whose text alone is longer than `max_length`; names the row.
+    """
+    for example in examples:
+        prompt = _row_prompt(processor, example)
+        text = prompt + _row_completion(processor, example, prompt)
+        length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        _check_length(example, length, max_length, "without")
+
+
+def _check_length(example: Example, length: int, max_length: int, pictures: str) -> None:
+    if length > max_length:
+        raise SubmissionError(
+            f"row {example.row}, answer {example.turn}: {length} tokens {pictures} its pictures, the limit is {max_length}; "
+            "raise finetune.max_length or take the row out"
+        )
 
 
 def _as_text(processor: Any, messages: Sequence[Message]) -> list[Message]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from pipeline.errors import StageError
 from pipeline.prompts import IGNORED, Batch, encode_training
-from pipeline.records import Example, examples_of, sample_from_record
+from pipeline.records import Example, Sample, examples_of, sample_from_record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,13 @@ class TrainingRows:
         """Read one example from disk."""
         position, turn = self.index[number]
         return examples_of(sample_from_record(self.records[int(position)]))[int(turn)]
+
+    def texts(self) -> Iterator[Example]:
+        """The last example of every row, which holds the texts of all, without its pictures."""
+        messages, numbers = self.records.data.column("messages"), self.records.data.column("row")
+        for position in np.unique(self.index[:, 0]).tolist():
+            turns = tuple(json.loads(messages[position].as_py()))
+            yield examples_of(Sample(row=numbers[position].as_py(), messages=turns, images=()))[-1]
 
 
 def open_rows(rows: pathlib.Path, cache: pathlib.Path, keep: pathlib.Path | None) -> TrainingRows:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -34,6 +35,12 @@ def test_examples_are_those_of_the_samples(shards: pathlib.Path, tmp_path: pathl
     assert [data.example(n) for n in range(len(data))] == [one for sample in SAMPLES for one in examples_of(sample)]
     assert data.rows == 6
     assert all(file["filename"].startswith(str(tmp_path / "cache")) for file in data.records.cache_files), "not memory-mapped"
+
+
+def test_texts_are_those_of_the_rows_to_their_last_answers(shards: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    data = open_rows(shards, tmp_path / "cache", keep_file(tmp_path / "keep.parquet", [5, 1]))
+    last = [examples_of(SAMPLES[row])[-1] for row in (1, 5)]
+    assert list(data.texts()) == [dataclasses.replace(one, images=()) for one in last]
 
 
 def test_only_kept_rows(shards: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ from pipeline.config import EngineConfig, FinetuneConfig
 from pipeline.engine.local import LocalContext, LocalEngine
 from pipeline.errors import StageError, SubmissionError
 from pipeline.models import load_adapter, load_base
-from pipeline.records import no_progress
+from pipeline.records import Sample, no_progress, question_answer
 from stages import finetune
 from stages.finetune.train import checkpoints_activations, train_adapter
 from tests.conftest import colour_samples, write_shards
@@ -189,6 +189,13 @@ def test_a_loss_of_nan_is_an_error_that_names_the_step(folders: Folders, tiny_ba
 def test_a_row_that_is_too_long_is_named(folders: Folders) -> None:
     with pytest.raises(SubmissionError, match=r"row \d+, answer 0: \d+ tokens .* limit is 20"):
         folders.run(CONFIG.model_copy(update={"max_length": 20}))
+
+
+def test_a_row_that_can_not_be_trained_on_is_named_before_any_step(folders: Folders, tmp_path: pathlib.Path) -> None:
+    long = Sample(row=ROWS - 1, messages=question_answer("why? " * 200, "so", 0), images=())
+    write_shards(tmp_path / "rows", [*colour_samples(ROWS - 1), long])
+    with pytest.raises(SubmissionError, match=rf"row {ROWS - 1}, answer 0: \d+ tokens without its pictures, the limit is 200"):
+        folders.run(CONFIG.model_copy(update={"max_length": 200, "epochs": 0.1}), rows=tmp_path / "rows")
 
 
 def test_it_can_be_called_without_an_engine(
