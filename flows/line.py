@@ -132,7 +132,8 @@ def finetune(line: Line, stage: str, ingested: StageResult, keep: StageResult | 
     inputs: dict[str, StageResult | str] = {"rows": ingested, "base": line.identity}
     if keep is not None:
         inputs["keep"] = keep
-    config = {"finetune": line.config.finetune.model_dump(), "seed": line.config.seed, "dtype": line.config.dtype}
+    told = line.config.finetune.model_dump(exclude={"gradient_checkpointing"})  # it changes no result
+    config = {"finetune": told, "seed": line.config.seed, "dtype": line.config.dtype}
 
     def work(folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(

@@ -60,7 +60,7 @@ class FinetuneConfig(Section):
     gradient_checkpointing: bool | None = pydantic.Field(
         None,
         description="Compute activations again in the backward pass: far less GPU memory, a third more time, the same adapter. "
-        "None: on a GPU, for a base of more than a billion parameters.",
+        "`null`: on a GPU, for a base of more than a billion parameters.",
     )
     save_steps: int = pydantic.Field(
         200, gt=0, description="Steps between checkpoints, from which an interrupted fine-tune goes on."

@@ -200,6 +200,7 @@ def test_a_key_covers_everything_that_a_stage_is_given(opened: Callable[..., Lin
         ({"ingest": {"shard_rows": 3}}, ALL),
         ({"canary": {"share": 0.1}}, ["canary", *ALL[1:]]),
         ({"finetune": {"epochs": 1}}, ALL[1:]),
+        ({"finetune": {"gradient_checkpointing": True}}, []),
         ({"seed": 1}, ALL[1:]),
         ({"dtype": "bfloat16"}, ALL[1:]),
         ({"extract": {"top_tokens": 4}}, ALL[2:]),
