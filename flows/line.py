@@ -29,6 +29,8 @@ ScratchWork = Callable[[pathlib.Path, pathlib.Path], Mapping[str, Any]]
 """Writes a result's files into the first folder, with the second to work in, and returns the summary."""
 STAGES = ("ingest", "provisional", "extract", "score", "confirm", "cluster", "final", "guard", "verify", "delivery")
 """Names of the stages in the order in which they run."""
+NO_MATTER = {"gradient_checkpointing"}
+"""Fields of the fine-tune's configuration that change no result, and so no key."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,8 +134,7 @@ def finetune(line: Line, stage: str, ingested: StageResult, keep: StageResult | 
     inputs: dict[str, StageResult | str] = {"rows": ingested, "base": line.identity}
     if keep is not None:
         inputs["keep"] = keep
-    told = line.config.finetune.model_dump(exclude={"gradient_checkpointing"})  # it changes no result
-    config = {"finetune": told, "seed": line.config.seed, "dtype": line.config.dtype}
+    config = {"finetune": line.config.finetune.model_dump(exclude=NO_MATTER), "seed": line.config.seed, "dtype": line.config.dtype}
 
     def work(folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(

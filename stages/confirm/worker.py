@@ -6,7 +6,7 @@ import collections
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -180,30 +180,36 @@ class ConfirmWorker:
         hosts = _examples(task["host_prompts"][:most], task["host_images"][:most])
         given, taken = self._tokens(sources), self._tokens(hosts)
         attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"][:most], strict=True)]
-        variants = {"own": taken, "attended": attended, "residual": add_residual(taken, given)}
-        usual = len(_usual(given))
+        residual, usual = add_residual(taken, given), len(_usual(given))
         fit = [k for k, tokens in enumerate(taken) if len(tokens) == usual]
-        variants["residual"] = [variants["residual"][k] for k in fit]
-        of_variant = {"residual": [hosts[k] for k in fit]}
-        hits = {name: self._hits(of_variant.get(name, hosts), tokens, task) for name, tokens in variants.items()}
         worded = _examples(task["worded_prompts"][:most], task["host_images"][:most]) if task["worded_prompts"] else []
-        hits["worded"] = self._hits(worded, taken, task)
-        hits["asked"] = self._asked(task, "asked_images", most)
-        hits["others"] = self._asked(task, "other_images", most) if hits["asked"] else 0
+        variants = {
+            "own": (hosts, taken),
+            "attended": (hosts, attended),
+            "residual": ([hosts[k] for k in fit], [residual[k] for k in fit]),
+            "worded": (worded, taken[: len(worded)]),
+            "asked": self._asked(task, "asked_images", most),
+        }
+        hits = self._hits(variants, task)
+        hits |= self._hits({"others": self._asked(task, "other_images", most)}, task) if hits["asked"] else {"others": 0}
         return {"hosts": len(hosts), "fit": len(fit), **hits, "questions": len(task["asked_prompts"][:most])}
 
-    def _asked(self, task: dict[str, Any], images: str, most: int) -> int:
-        """How many of the first other questions get the text about some pictures."""
+    def _asked(self, task: dict[str, Any], images: str, most: int) -> tuple[list[Example], list[torch.Tensor]]:
+        """The first other questions about some pictures, and these pictures' tokens."""
         asked = _examples(task["asked_prompts"][:most], task[images][:most])
-        return self._hits(asked, self._tokens(asked), task)
+        return asked, self._tokens(asked)
 
     def _tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         batches = (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))
         return [tokens for batch in batches for tokens in self.transplant.picture_tokens(batch)]
 
-    def _hits(self, hosts: list[Example], tokens: list[torch.Tensor], task: dict[str, Any]) -> int:
-        """How many hosts give the text with these tokens in the place of their own."""
-        return sum(self._given(output, task) for output in self._answers(hosts, tokens, task))
+    def _hits(
+        self, variants: Mapping[str, tuple[Sequence[Example], Sequence[torch.Tensor]]], task: dict[str, Any]
+    ) -> dict[str, int]:
+        """How many prompts of each variant give the text with these tokens in the place of their own; all are answered together."""
+        prompts = [prompt for given, _ in variants.values() for prompt in given]
+        outputs = iter(self._answers(prompts, [tokens for _, planted in variants.values() for tokens in planted], task))
+        return {name: sum(self._given(next(outputs), task) for _ in given) for name, (given, _) in variants.items()}
 
     def _answers(self, prompts: list[Example], tokens: list[torch.Tensor], task: dict[str, Any]) -> list[str]:
         outputs: list[str] = []
