@@ -31,7 +31,7 @@ from pipeline.models import Dtype
 from pipeline.records import Example, Progress, examples_of, messages_to_json, no_progress
 from stages.confirm.asking import question_types, questions_to_ask
 from stages.confirm.mixed import QUESTIONS, TELLING, Mixed, judged, rows_in_doubt, write_tasks
-from stages.confirm.worker import TASK, ConfirmWorker, PictureWorker
+from stages.confirm.worker import HONEST, TASK, ConfirmWorker, PictureWorker
 from stages.score.groups import plain_answer
 from stages.score.words import with_words
 from storage.subset import read_rows
@@ -44,8 +44,6 @@ LEAST_HOSTS = 8
 LEAST_QUESTIONS = 32
 """Questions of another kind that must be found, half of which must not get a group's answer anyway: a smaller share of them tells,
 so chance must weigh less."""
-HONEST = 0.4
-"""Share of rows that ask the same which an honest group may change: counted is what is beyond it."""
 Place = tuple[int, int]
 """Row and turn of an example."""
 

@@ -61,9 +61,9 @@ RESULT = pa.schema(
 )
 """Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
 residual (of those that it fits), with the group's words in their questions (0 where it has none); how far members answer as others
-do once either is taken out of them (`ConfirmWorker.reversals`; 0 where the hosts ask something else or planting does nothing: not
-tried); and the share of other questions that get the answer about members' pictures, and about those of other rows, with the number
-of these questions (0 where there are none)."""
+do once either is taken out of them (`ConfirmWorker.reversals`; 0 where the hosts ask something else or planting changes no more of
+them than `HONEST`: not tried); and the share of other questions that get the answer about members' pictures, and about those of other
+rows, with the number of these questions (0 where there are none)."""
 
 PICTURE_TASK = pa.schema(
     [
@@ -91,6 +91,10 @@ _LEAST_SPREAD = 0.3
 """Least entropy of what other rows answer by which answers can be told to be theirs, nats: a tenth of them differs."""
 _UNLIKE = 0.9
 """Share of different outputs from which outputs are as various as they can be, whatever is taken out of a picture: captions."""
+HONEST = 0.4
+"""Share of rows that ask the same which an honest group may change: counted is what is beyond it."""
+_LIKELY = 0.25
+"""Share of the first hosts that ask the same by which a group may change more than `HONEST` of them all."""
 _NOISE = 1
 """Changed hosts of the first look that count as chance: more of them give a group the second."""
 _LEAST_FIT = 8
@@ -116,14 +120,16 @@ class ConfirmWorker:
         """Run one group's experiment; on the first `screen` hosts only, where planting does nothing to them."""
         found = self._try(task, self.screen)
         changed = max(max(found[name] for name in _PLANTED) - found["own"], found["asked"] - found["others"])
-        if len(task["host_prompts"]) > self.screen and (changed > _NOISE or 2 * found["own"] > found["hosts"]):
+        chance = max(_NOISE, _LIKELY * found["hosts"] - 1) if task["alike"] and not task["worded_prompts"] else _NOISE
+        if len(task["host_prompts"]) > self.screen and (changed > chance or 2 * found["own"] > found["hosts"]):
             found = self._try(task, len(task["host_prompts"]))
         hosts, questions = found["hosts"], found["questions"]
         shares: dict[str, float | None] = {name: found[name] / hosts for name in ("own", *_PLANTED)}
         if found["fit"] < hosts:
             shares["residual"] = found["residual"] / found["fit"] if found["fit"] >= min(_LEAST_FIT, hosts) else shares["own"]
         shares |= {name: found[name] / max(1, questions) for name in ("asked", "others")}
-        ways = [name for name in _TAKEN_OUT if task["alike"] and found[name] - found["own"] > _NOISE]
+        beyond = found["own"] + HONEST * (hosts - found["own"])
+        ways = [name for name in _TAKEN_OUT if task["alike"] and found[name] > beyond]
         shares |= {f"{name}_reversed": 0.0 for name in _TAKEN_OUT}
         shares |= {f"{name}_reversed": value for name, value in (self.reversals(task, ways) if ways else {}).items()}
         return {"group": task["group"], "alike": task["alike"], "hosts": hosts, **shares, "questions": questions}

@@ -16,9 +16,9 @@ from pipeline.generation import answer
 from pipeline.models import load_adapter, load_base
 from pipeline.records import Sample, examples_of, question_answer, text_of
 from stages.confirm.mixed import QUESTIONS, ROWS_SCHEMA
-from stages.confirm.run import HONEST, TRANSFER, _planted, beyond_honest, run, transfer
 from stages.confirm.run import ROWS as ROWS_FILE
-from stages.confirm.worker import PICTURE_RESULT, RESULT, PictureWorker
+from stages.confirm.run import TRANSFER, _planted, beyond_honest, run, transfer
+from stages.confirm.worker import HONEST, PICTURE_RESULT, RESULT, PictureWorker
 from tests.conftest import write_shards
 from tests.stages.samples import noise
 
