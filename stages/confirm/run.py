@@ -44,6 +44,8 @@ LEAST_HOSTS = 8
 LEAST_QUESTIONS = 32
 """Questions of another kind that must be found, half of which must not get a group's answer anyway: a smaller share of them tells,
 so chance must weigh less."""
+MANY = 32
+"""Fewest shifted members whose mean is nobody's picture: of fewer, what they show in one place is left in it."""
 Place = tuple[int, int]
 """Row and turn of an example."""
 
@@ -101,7 +103,7 @@ def run(
         for result in finished.to_pylist():
             results[result["group"]].append(result)
         progress(done / len(shards), f"{done} of {len(shards)} experiments done")
-    tried = [{**group, **_outcome(results[group["group"]])} for group in described if group["group"] in results]
+    tried = [_outcome(group, results[group["group"]]) for group in described if group["group"] in results]
     doubtful = _in_doubt(table, candidates, tried, seed)
     asked = write_tasks(rows, _places(table), doubtful, {group["group"]: group for group in tried}, seed, scratch)
     answers: dict[tuple[int, int, int], tuple[int, int]] = {}
@@ -129,9 +131,9 @@ def transfer(own: float, planted: float, hosts: int, *, least: int = LEAST_HOSTS
     return max(0.0, planted - own) / (1 - own) if (1 - own) * hosts >= least - 0.5 else 0.0
 
 
-def _outcome(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _outcome(group: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a group's experiments say together: of all ways to plant, into whatever rows, the one that tells most counts."""
-    ways = [_planted(result) for result in results]
+    ways = [_planted({**group, **result}) for result in results]
     told = max(ways, key=lambda way: (way["tokens_transfer"], not way["alike"], way["taken_over"]))
     asked = max(results, key=lambda result: int(result["questions"]))
     words = max(transfer(result["own"], result["worded"], result["hosts"]) for result in results)
@@ -146,11 +148,16 @@ def _outcome(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _planted(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the two ways to plant the one that tells more: what it takes over, its reversal, and what that is worth."""
-    ways = []
-    for name in ("attended", "residual"):
+    """Of the two ways to plant the one that tells more: what it takes over, its reversal, and what that is worth.
+
+    A phrase may name what is planted, among captions above all; what many pictures have in common names nothing.
+    """
+    ways, names = [], result["alike"] and not result["whole"]
+    for name in ("residual",) if names else ("attended", "residual"):
         taken_over, reversal = transfer(result["own"], result[name], result["hosts"]), result[f"{name}_reversed"]
         worth = beyond_honest(taken_over, reversal) if result["alike"] else taken_over
+        if names and result["shifted"] < MANY:
+            worth = 0.0
         ways.append({**result, "taken_over": taken_over, "reversed": reversal, "tokens_transfer": worth})
     return max(ways, key=lambda way: (way["tokens_transfer"], way["taken_over"]))
 
@@ -170,10 +177,12 @@ class Candidate:
     Attributes:
         inside: bool (examples,), all with the group's text, also where the group is but a part of these.
         shifted: its shifted members.
+        whole: whether they share their whole answer.
     """
 
     inside: np.ndarray
     shifted: list[int]
+    whole: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,7 +224,7 @@ def _candidates(table: pa.Table, members: pathlib.Path, described: Sequence[dict
         if member["posterior"] > 0.5:
             shifted[member["group"]].append(index[member["row"], member["turn"]])
     found = {
-        number: Candidate(inside=np.isin(rows, sorted(inside[text])), shifted=shifted[number])
+        number: Candidate(inside=np.isin(rows, sorted(inside[text])), shifted=shifted[number], whole=text[1])
         for number, text in texts.items()
         if shifted[number]
     }
@@ -223,7 +232,10 @@ def _candidates(table: pa.Table, members: pathlib.Path, described: Sequence[dict
 
 
 def _draw(table: pa.Table, groups: Mapping[int, Candidate], most: int, seed: int) -> list[Drawn]:
-    """What is tried on what: on rows that ask something of another kind, where there are any, and on rows that ask the same."""
+    """What is tried on what: on rows that ask something of another kind, where there are any, and on rows that ask the same.
+
+    The latter tells nothing of a phrase that few rows share.
+    """
     questions, answers = ([plain_answer(text) for text in table[name].to_pylist()] for name in ("question", "answer"))
     types = question_types(questions)
     drawn = []
@@ -234,6 +246,8 @@ def _draw(table: pa.Table, groups: Mapping[int, Candidate], most: int, seed: int
             sources, hosts = [source for source, _, _ in asked], [host for _, host, _ in asked]
             drawn.append(Drawn(group=number, alike=False, hosts=hosts, sources=sources, asked=asked))
             asked = []
+            if not group.whole and len(group.shifted) < MANY:
+                continue
         sources, hosts = _alike(types, group, most, rng)
         drawn.append(Drawn(group=number, alike=True, hosts=hosts, sources=sources, asked=asked))
     return drawn

@@ -62,8 +62,8 @@ RESULT = pa.schema(
 """Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
 residual (of those that it fits), with the group's words in their questions (0 where it has none); how far members answer as others
 do once either is taken out of them (`ConfirmWorker.reversals`; 0 where the hosts ask something else or planting changes no more of
-them than `HONEST`: not tried); and the share of other questions that get the answer about members' pictures, and about those of other
-rows, with the number of these questions (0 where there are none)."""
+them than `HONEST`: not tried); and the share of other questions that get the answer about members' pictures, and about those of
+other rows, with the number of these questions (0 where there are none)."""
 
 PICTURE_TASK = pa.schema(
     [
@@ -89,8 +89,6 @@ _PLANTED = (*_TAKEN_OUT, "worded")
 
 _LEAST_SPREAD = 0.3
 """Least entropy of what other rows answer by which answers can be told to be theirs, nats: a tenth of them differs."""
-_UNLIKE = 0.9
-"""Share of different outputs from which outputs are as various as they can be, whatever is taken out of a picture: captions."""
 HONEST = 0.4
 """Share of rows that ask the same which an honest group may change: counted is what is beyond it."""
 _LIKELY = 0.25
@@ -147,15 +145,13 @@ class ConfirmWorker:
 
         Returns:
             Per way the share of the members that lose the answer, times the entropy of what they answer then over that of what the
-            other rows answer, at most 1; None where nothing can be told: nearly all of these answer the same, or it is a phrase and
-            no two of them do.
+            other rows answer, at most 1; None where nearly all of these answer the same, so that nothing can be told.
         """
         sources = _examples(task["source_prompts"], task["source_images"])
         hosts = _examples(task["host_prompts"], task["host_images"])
         given, taken = self._tokens(sources), self._tokens(hosts)
-        others = self._others(self._answers(hosts, taken, task), task)
-        most = _spread(others)
-        if most < _LEAST_SPREAD or (not task["whole"] and len({*map(plain_answer, others)}) >= _UNLIKE * len(others)):
+        most = _spread(self._others(self._answers(hosts, taken, task), task))
+        if most < _LEAST_SPREAD:
             return dict.fromkeys(ways)
         usual, found = _usual(taken), dict[str, float | None]()
         own = [k for k, output in enumerate(self._answers(sources, given, task)) if self._given(output, task)]

@@ -74,7 +74,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     pq.write_table(pa.Table.from_pylist(members), folder / "members.parquet")
     texts = [(FIRST, True, 1), (SECOND, False, 2), (KEPT_OUT, True, 0)]
     groups = [
-        {"group": k, "text": text, "whole": whole, "layer": layer, "words": words, "extra": k}
+        {"group": k, "text": text, "whole": whole, "layer": layer, "words": words, "shifted": (6, 2, 0)[k], "extra": k}
         for k, ((text, whole, layer), words) in enumerate(zip(texts, (None, WORDS, None), strict=True))
     ]
     (folder / "groups.json").write_text(json.dumps(groups))
@@ -197,16 +197,16 @@ def test_who_is_planted_into_whom(files: dict[str, pathlib.Path], tmp_path: path
     written = json.loads((tmp_path / "a" / TRANSFER).read_text())
     assert [(group["group"], group["extra"], group["hosts"], group["taken_over"]) for group in written] == [
         (0, 0, 16, 0.75),
-        (1, 1, 16, 1.0),
+        (1, 1, 16, 0.0),
     ]
     assert all(group["alike"] for group in written), "no two rows ask the same: nobody knows what kind a question is of"
     beyond = pytest.approx((0.75 - HONEST) / (1 - HONEST))
     assert [(group["tokens_transfer"], group["words_transfer"]) for group in written] == [
         (beyond, 0.0),
-        (1.0, pytest.approx(1 / 3)),
+        (0.0, pytest.approx(1 / 3)),
     ]
-    assert [group["transfer"] for group in written] == [beyond, 1.0]
-    assert summary == {"groups": 2, "largest_transfer": 1.0, "largest_pictures_transfer": 0.0}
+    assert [group["transfer"] for group in written] == [beyond, pytest.approx(1 / 3)]
+    assert summary == {"groups": 2, "largest_transfer": beyond, "largest_pictures_transfer": 0.0}
     assert engine.alike[0]["worded_prompts"] == []
     for plain, worded in zip(engine.alike[1]["host_prompts"], engine.alike[1]["worded_prompts"], strict=True):
         before, after = (text_of(json.loads(prompt)[-1]) for prompt in (plain, worded))
@@ -218,19 +218,29 @@ def test_words_may_carry_more_than_tokens(files: dict[str, pathlib.Path], tmp_pa
     written = json.loads((tmp_path / "a" / TRANSFER).read_text())
     assert [(group["taken_over"], group["words_transfer"], group["transfer"]) for group in written] == [
         (0.0, 0.0, 0.0),
-        (0.25, 0.5, 0.5),
+        (0.0, 0.5, 0.5),
     ]
 
 
 def test_each_way_to_plant_has_its_own_loss() -> None:
     """A veil: its attended tokens take over as much, but taking them out leaves the rest of it."""
-    hosts = {"own": 0.0, "hosts": 16, "alike": True}
+    hosts = {"own": 0.0, "hosts": 16, "alike": True, "whole": True}
     veil = {"attended": 1.0, "residual": 0.9, "attended_reversed": 0.0, "residual_reversed": 1.0}
     found = _planted({**hosts, **veil})
     assert (found["taken_over"], found["reversed"]) == (0.9, 1.0)
     assert found["tokens_transfer"] == pytest.approx((0.9 - HONEST) / (1 - HONEST))
     found = _planted({**hosts, **veil, "alike": False})
     assert (found["taken_over"], found["tokens_transfer"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("shifted", "worth"), [(31, 0.0), (32, (0.9 - HONEST) / (1 - HONEST))])
+def test_a_phrase_may_name_what_is_planted(shifted: int, worth: float) -> None:
+    """Among rows that ask the same only what many pictures have in common counts; among others, whatever is planted."""
+    hosts = {"own": 0.0, "hosts": 16, "alike": True, "whole": False, "shifted": shifted}
+    result = {**hosts, "attended": 1.0, "residual": 0.9, "attended_reversed": 1.0, "residual_reversed": 1.0}
+    found = _planted(result)
+    assert (found["taken_over"], found["tokens_transfer"]) == (0.9, pytest.approx(worth))
+    assert _planted({**result, "alike": False})["tokens_transfer"] == 1.0
 
 
 @pytest.mark.parametrize(("reversal", "worth"), [(1.0, 1.0), (0.7, 0.5), (HONEST, 0.0), (0.0, 0.0), (None, 1.0)])

@@ -207,15 +207,6 @@ def test_the_loss_is_tried_where_only_the_second_look_tells() -> None:
     assert result["attended_reversed"] > 0.9
 
 
-def test_of_a_phrase_nothing_can_be_told_where_no_two_answers_are_the_same() -> None:
-    """Captions are as various without anything."""
-    found, _ = worker()
-    given = task(PATCHES, SEVERAL, [[2]] * 4, text="target", whole=False, alike=True)
-    assert found.reversals(given, ["attended"])["attended"] is None
-    alike = {**given, "host_prompts": given["host_prompts"][:2] * 2}
-    assert found.reversals(alike, ["attended"])["attended"] == pytest.approx(1.0)
-
-
 def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
     found, model = worker(screen=4)
     idle = task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10)
