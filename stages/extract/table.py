@@ -34,14 +34,6 @@ class AttentionTable:
     image_share: np.ndarray
     ratio: np.ndarray
 
-    @property
-    def layers(self) -> int:
-        return int(self.entropy.shape[1])
-
-    @property
-    def heads(self) -> int:
-        return int(self.ratio.shape[2])
-
     def __len__(self) -> int:
         return len(self.row)
 
@@ -59,8 +51,10 @@ class AttentionTable:
         layers, heads = shapes.pop() if shapes else (0, 0)
 
         def statistic(name: str, *shape: int) -> np.ndarray:
-            values = table[name].combine_chunks()
-            flat = np.asarray(values.flatten(), dtype=np.float32).reshape(len(table), *shape)
+            flat, start = np.empty((len(table), *shape), dtype=np.float32), 0
+            for chunk in table[name].chunks:  # all of them together may hold more values than a list array can count
+                flat[start : start + len(chunk)] = np.asarray(chunk.flatten()).reshape(len(chunk), *shape)
+                start += len(chunk)
             if not np.isfinite(flat).all():
                 bad = int(table["row"][int(np.argwhere(~np.isfinite(flat))[0, 0])].as_py())
                 raise StageError(f"row {bad}: its {name} is not finite; the provisional model's weights or the picture are damaged")

@@ -8,10 +8,9 @@ question; what is measured is the size of the shift that a group's rows have in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from sklearn.covariance import LedoitWolf
 
 from stages.extract.table import AttentionTable
 from stages.score.bye import two_components
@@ -23,6 +22,8 @@ _QUESTION_ROWS = 20
 """Rows from which a question has a reference of its own."""
 _MOST_ALIKE = 0.5
 """Largest share of one answer among the rows of such a question."""
+_COLUMNS, _ROWS = 64, 4096
+"""Features whose medians are taken, and examples that are computed with, at a time: no step holds more than two copies of all."""
 _LEAST_WITHIN = 0.01
 """Least share of the variance along a shift that is taken to be within the group and the others."""
 _SPLIT_SEPARATION = 2.0
@@ -33,11 +34,14 @@ def head_features(table: AttentionTable) -> np.ndarray:
     """Per head the log ratio of image to text attention, and ln(image tokens) minus the entropy of its image attention, nats.
 
     Returns:
-        float64 (examples, 2 * layers * heads).
+        float32 (examples, 2 * layers * heads).
     """
-    most = np.log(np.maximum(table.image_tokens, 1))[:, None, None]
-    parts = [table.ratio, most - table.head_entropy]
-    return np.concatenate([part.reshape(len(table), -1) for part in parts], axis=1).astype(np.float64)
+    features = np.concatenate(
+        [part.reshape(len(table), -1) for part in (table.ratio, table.head_entropy)], axis=1, dtype=np.float32
+    )
+    entropy = features[:, features.shape[1] // 2 :]
+    np.subtract(np.log(np.maximum(table.image_tokens, 1))[:, None], entropy, out=entropy, casting="same_kind")
+    return features
 
 
 def within_questions(features: np.ndarray, questions: Sequence[str], answers: Sequence[str]) -> np.ndarray:
@@ -69,6 +73,15 @@ def within_questions(features: np.ndarray, questions: Sequence[str], answers: Se
     if _is_reference(given[rest]):
         own.append(rest)
         rest = rest[:0]
+    result = np.empty_like(features)
+    for start in range(0, features.shape[1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        result[:, columns] = _standardised(features[:, columns], own, rest)
+    return result
+
+
+def _standardised(features: np.ndarray, own: Sequence[np.ndarray], rest: np.ndarray) -> np.ndarray:
+    """Some features, (examples, any), standardised within each of some sets of rows; the rest by all rows."""
     middle = np.median(features, axis=0)
     spread = _robust_deviation(features - middle)
     result = np.empty_like(features)
@@ -100,10 +113,34 @@ def _robust_deviation(centred: np.ndarray) -> np.ndarray:
 
 def whiten(values: np.ndarray) -> np.ndarray:
     """Centre and whiten by a Ledoit-Wolf covariance. float (examples, dimensions) to the same shape."""
-    centred = values - values.mean(axis=0)
-    fit = LedoitWolf(assume_centered=True).fit(centred)
-    scale, axes = np.linalg.eigh(fit.covariance_)
-    return np.asarray(centred @ (axes / np.sqrt(np.maximum(scale, 1e-9))))
+    result = values - values.mean(axis=0, dtype=np.float64).astype(values.dtype)
+    scale, axes = np.linalg.eigh(ledoit_wolf(result))
+    whitening = axes / np.sqrt(np.maximum(scale, 1e-9))
+    for rows in _blocks(len(result)):
+        result[rows] = result[rows] @ whitening
+    return np.asarray(result)
+
+
+def ledoit_wolf(centred: np.ndarray) -> np.ndarray:
+    """The covariance of values of mean 0, shrunk towards a multiple of the identity (Ledoit and Wolf, 2004), and no copy of them.
+
+    float (examples, dimensions) to float64 (dimensions, dimensions).
+    """
+    count, dimensions = centred.shape
+    covariance, fourth = np.zeros((dimensions, dimensions)), 0.0
+    for rows in _blocks(count):
+        block = centred[rows].astype(np.float64)
+        covariance += block.T @ block / count
+        fourth += np.square(np.square(block).sum(axis=1)).sum() / count
+    mean, square = np.trace(covariance) / dimensions, np.square(covariance).sum()
+    distance = square - dimensions * mean**2
+    shrinkage = min(1.0, (fourth - square) / count / distance) if distance > 0 else 0.0
+    return np.asarray((1 - shrinkage) * covariance + shrinkage * mean * np.eye(dimensions))
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    """Places of that many rows, some at a time."""
+    return (slice(start, start + _ROWS) for start in range(0, count, _ROWS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,10 +161,10 @@ class SharedShift:
 
 def shift_size(whitened: np.ndarray, group: Group) -> float:
     """The size of one group's shift, as `SharedShift` has it; arguments as `shared_shift` takes them."""
-    rows = whitened[group.members]
-    count, others = len(rows), len(whitened) - len(rows)
-    total = rows.sum(axis=0)
-    noise = rows.var(axis=0, ddof=1).sum() * (1 / count + 1 / others)
+    count, others = len(group.members), len(whitened) - len(group.members)
+    total = _total(whitened, group)
+    within = sum(float(np.square(whitened[group.members[rows]] - total / count).sum()) for rows in _blocks(count)) / (count - 1)
+    noise = within * (1 / count + 1 / others)
     whole = max(0.0, np.square(total / count + total / others).sum() - noise)
     share = count * others / len(whitened) ** 2  # what was whitened holds the shift itself: of half of the rows it can't be above 2
     return float(np.sqrt(whole / max(_LEAST_WITHIN, 1 - share * whole)))
@@ -141,15 +178,22 @@ def shared_shift(whitened: np.ndarray, group: Group, seed: int) -> SharedShift:
         group: at least two of them, and not all.
         seed: of the mixture.
     """
-    rows = whitened[group.members]
-    count, others = len(rows), len(whitened) - len(rows)
-    total = rows.sum(axis=0)
-    rest = -total / others
-    shift = (total - rows) / (count - 1) - rest
-    projection = np.einsum("ij,ij->i", rows - rest, shift) / np.maximum(np.linalg.norm(shift, axis=1), 1e-9)
+    count, total = len(group.members), _total(whitened, group)
+    rest = -total / (len(whitened) - count)
+    projection = np.empty(count)
+    for places in _blocks(count):
+        rows = whitened[group.members[places]]
+        shift = (total - rows) / (count - 1) - rest
+        projection[places] = np.einsum("ij,ij->i", rows - rest, shift) / np.maximum(np.linalg.norm(shift, axis=1), 1e-9)
     fit = two_components(projection, seed)
     posterior = np.ones(count)
     if fit is not None and fit.bic_gain > 0 and fit.separation >= _SPLIT_SEPARATION:
         low, high = fit.means  # the tails of unequal components would cross again beyond their means
         posterior = np.where(projection <= low, 0.0, np.where(projection >= high, 1.0, 1 - fit.posterior))
     return SharedShift(size=shift_size(whitened, group), projection=projection, posterior=posterior)
+
+
+def _total(whitened: np.ndarray, group: Group) -> np.ndarray:
+    """The sum of a group's rows, float64 (dimensions,)."""
+    parts = (whitened[group.members[rows]].sum(axis=0, dtype=np.float64) for rows in _blocks(len(group.members)))
+    return np.asarray(sum(parts, np.zeros(whitened.shape[1])))

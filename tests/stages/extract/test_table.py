@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -43,3 +44,13 @@ def test_tables_of_two_models_are_refused() -> None:
         AttentionTable.from_arrow(mixed)
     text_only = plain_table(layers=[2, 0, 2], heads=[2, 0, 2], image_tokens=[4, 0, 4])
     assert AttentionTable.from_arrow(text_only).row.tolist() == [10, 12]
+
+
+def test_chunks_are_read_one_after_the_other() -> None:
+    """Of more than 2^31 values together no array of lists can be made."""
+    values = [[[float(row), float(row), 0.0, 1.0]] for row in range(4)]
+    columns = plain_table(4).to_pydict() | {"image_tokens": [4, 0, 4, 4]}
+    parts = [pa.table({**columns, "ratio": [value[0] for value in values]}).slice(start, 2) for start in (0, 2)]
+    found = AttentionTable.from_arrow(pa.concat_tables(parts))
+    assert found.ratio[:, 0].tolist() == [[0, 0], [2, 2], [3, 3]]
+    assert found.ratio.dtype == np.float32

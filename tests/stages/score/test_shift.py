@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import collections
+import tracemalloc
 import warnings
 
 import numpy as np
 import pytest
+from sklearn.covariance import LedoitWolf
 
 from stages.extract.table import AttentionTable
 from stages.score.groups import Group, shared_answers
-from stages.score.shift import head_features, shared_shift, whiten, within_questions
+from stages.score.shift import head_features, ledoit_wolf, shared_shift, whiten, within_questions
 
 QUESTIONS = ["what color?", "what shape?", "how many?"]
 ANSWERS = {"what color?": ["red", "blue", "green"], "what shape?": ["round", "square"], "how many?": ["one", "two", "three"]}
@@ -135,6 +137,37 @@ def test_whitening() -> None:
     assert found.mean(axis=0) == pytest.approx(np.zeros(5), abs=1e-9)
 
 
+@pytest.mark.parametrize(("rows", "dimensions"), [(5000, 12), (30, 80), (2, 1)])
+def test_the_covariance_is_sklearns(rows: int, dimensions: int) -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(rows, dimensions)) @ rng.normal(size=(dimensions, dimensions))
+    values -= values.mean(axis=0)
+    expected = LedoitWolf(assume_centered=True).fit(values).covariance_
+    assert ledoit_wolf(values) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert ledoit_wolf(values.astype(np.float32)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_no_step_holds_more_than_two_copies() -> None:
+    """And single precision tells the same as double."""
+    features, questions, answers = submission(20_000, 200, 10_000, 6.0, 0)
+    small = features.astype(np.float32)
+    tracemalloc.start()
+    whitened = whiten(within_questions(small, questions, answers))
+    (group,) = [group for group in shared_answers(answers, least=8) if group.text == TARGET]
+    kept, before = small.nbytes, tracemalloc.get_traced_memory()[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    found = shared_shift(whitened, group, 0)
+    shifting = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert whitened.dtype == np.float32
+    assert peak < 3.2 * kept  # the features are the test's; two more, and what is done at a time
+    assert shifting < 1.5 * kept
+    exact = shared_shift(whiten(within_questions(features, questions, answers)), group, 0)
+    assert found.size == pytest.approx(exact.size, rel=1e-4)
+    assert found.projection == pytest.approx(exact.projection, abs=1e-3)
+
+
 def various(rows: int) -> list[str]:
     return [f"answer {k % 3}" for k in range(rows)]
 
@@ -200,3 +233,4 @@ def test_the_features_of_a_table() -> None:
     assert found[1, 12:] == pytest.approx(np.log(576) - head_entropy[1].ravel())
     counts = collections.Counter(type(value) for value in found.ravel().tolist())
     assert counts == {float: 48}
+    assert found.dtype == np.float32
