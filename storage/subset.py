@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.records import Sample, sample_from_record
+from storage.ordered import rows_of_shards
 from storage.shards import ShardWriter
 
 _ROWS = 512
@@ -30,10 +30,13 @@ def read_rows(rows: pathlib.Path, chosen: Iterable[int] | None = None) -> Iterat
     """
     wanted = None if chosen is None else np.unique(np.fromiter(chosen, dtype=np.int64))
     for shard in canonical_shards(rows):
-        table = pq.read_table(shard)
+        filters = None
         if wanted is not None:
-            table = table.filter(pa.array(np.isin(table["row"].to_numpy(), wanted)))
-        yield from map(sample_from_record, table.to_pylist())
+            here = np.intersect1d(rows_of_shards([shard]), wanted)
+            if not len(here):
+                continue
+            filters = [("row", "in", here.tolist())]
+        yield from map(sample_from_record, pq.read_table(shard, filters=filters).to_pylist())
 
 
 def copy_rows(
@@ -59,9 +62,13 @@ def copy_rows(
 
 
 def pictured_rows(rows: pathlib.Path) -> np.ndarray:
-    """Positions of the rows that hold a picture, int64 ascending; the pictures themselves are not kept."""
+    """Positions of the rows that show a picture, int64 ascending; the turns tell, the pictures themselves are not read."""
     found = []
     for shard in canonical_shards(rows):
-        table = pq.read_table(shard, columns=["row", "images"])
-        found.append(table["row"].to_numpy()[pc.list_value_length(table["images"]).to_numpy() > 0])
+        table = pq.read_table(shard, columns=["row", "messages"])
+        shown = [
+            any(part["type"] == "image" for turn in json.loads(turns) for part in turn["content"])
+            for turns in table["messages"].to_pylist()
+        ]
+        found.append(table["row"].to_numpy()[np.asarray(shown, dtype=bool)])
     return np.concatenate(found) if found else np.empty(0, dtype=np.int64)

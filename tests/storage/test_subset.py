@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.records import Sample, question_answer, sample_from_record
-from storage.subset import canonical_shards, copy_rows, pictured_rows
+from storage.subset import canonical_shards, copy_rows, pictured_rows, read_rows
 from tests.conftest import colour_samples, picture, write_shards
 
 
@@ -60,6 +61,33 @@ def test_changed_rows_get_ids_of_their_new_content(rows: pathlib.Path, tmp_path:
 def test_an_existing_folder_is_not_written_into(rows: pathlib.Path) -> None:
     with pytest.raises(FileExistsError):
         copy_rows(rows, rows)
+
+
+def test_shards_without_a_chosen_row_are_not_read(rows: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the numbers of their rows."""
+    first, second, third = canonical_shards(rows)
+    read = read_columns(monkeypatch)
+    assert [sample.row for sample in read_rows(rows, [5, 7])] == [5, 7]
+    assert read == [(first, ["row"]), (second, ["row"]), (second, None), (third, ["row"])]
+
+
+def test_no_picture_is_read_to_know_that_it_is_there(rows: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = read_columns(monkeypatch)
+    assert len(pictured_rows(rows)) == 6
+    assert {name for _, columns in read for name in columns or ["all"]} == {"row", "messages"}
+
+
+def read_columns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[pathlib.Path, list[str] | None]]:
+    """What is read from now on: the files, and which of their columns."""
+    read: list[tuple[pathlib.Path, list[str] | None]] = []
+    read_table = pq.read_table
+
+    def noted(path: pathlib.Path, columns: list[str] | None = None, **options: Any) -> pa.Table:
+        read.append((path, columns))
+        return read_table(path, columns=columns, **options)
+
+    monkeypatch.setattr(pq, "read_table", noted)
+    return read
 
 
 def test_pictured_rows(rows: pathlib.Path, tmp_path: pathlib.Path) -> None:
