@@ -23,13 +23,15 @@ import torch
 import transformers
 from scipy.stats import t
 
+from benchmarks.data import data_identity
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError
+from pipeline.models import base_identity
 from storage import atomic
 
 Record = dict[str, Any]
-_COMMANDS = "commands.txt"
-"""Beside the records: the commands that made them, a line each."""
+_COMMANDS, _MACHINES = "commands.txt", "machines.txt"
+"""Beside the records: the commands that made them, and the kinds of machine that did, a line each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,11 +159,12 @@ def run_suite(
         The cells that failed, each with its error.
 
     Raises:
-        ConfigError: the suite has records in this folder that were measured in another setting.
+        ConfigError: the suite has records in this folder that were measured in another setting, or on another base or data of the
+            same name.
     """
     _hold_to(setting, suite)
     if command:
-        _note_command(suite, setting.out, command)
+        _note(setting.out / suite.name / _COMMANDS, command)
     failed = []
     context = multiprocessing.get_context("spawn")
     number_of, tasks = (1, 1) if suite.timed else (workers, None)
@@ -193,15 +196,16 @@ def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None = N
         notes: Markdown that tells what was found; it stands after the tables.
 
     Returns:
-        The Markdown, with the commands that made the records and the kind of machine at its end.
+        The Markdown, with the commands that made the records and the kinds of machine at its end: this one's where none is noted.
     """
     frame = read_records(suite.name, out)
     if frame.empty:
         return "No records yet."
     frame.to_parquet(out / f"{suite.name}.parquet")
     told = [suite.report(frame), *([notes.read_text(encoding="utf-8").strip()] if notes else [])]
-    commands = "".join(f"    {command}\n" for command in _known_commands(suite, out))
-    text = "\n\n".join([*told, f"## Made by\n\n{commands}\n{machine()}.\n"])
+    commands = "".join(f"    {command}\n" for command in _noted(out / suite.name / _COMMANDS))
+    machines = "".join(f"{kind}.\n" for kind in _noted(out / suite.name / _MACHINES) or [machine()])
+    text = "\n\n".join([*told, f"## Made by\n\n{commands}\n{machines}"])
     files = {f"{suite.name}.md": text.encode(), **suite.figures(frame)}
     for folder in (out, docs):
         if folder is not None:
@@ -257,27 +261,33 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _hold_to(setting: Setting, suite: Suite) -> None:
-    """Note the setting beside the records; raises ConfigError where another is noted there."""
-    told = {"test_rows": setting.test_rows, "epochs": setting.epochs, "quick": setting.quick}
+    """Note the setting beside the records, and what the names of base and data stand for; ConfigError where others are noted."""
+    told: dict[str, Any] = {"test_rows": setting.test_rows, "epochs": setting.epochs, "quick": setting.quick}
     told |= {"rows": setting.rows} if suite.rows else {}
     path = (setting.out / suite.name / "setting.json").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        atomic.write_file(path, json.dumps(told).encode())
-    elif (known := json.loads(path.read_bytes())) != told:
+    known = json.loads(path.read_bytes()) if path.exists() else {}
+    named = {name: known.pop(name, {}) for name in ("bases", "data")}
+    if known and known != told:
         raise ConfigError(f"{path}: the records here were measured with {known}, not with {told}; name another --out")
+    stands_for = {
+        "bases": (setting.base.name, base_identity(setting.base)),
+        "data": (pathlib.Path(setting.data).name, data_identity(setting.data)),
+    }
+    for kind, (name, identity) in stands_for.items():
+        if named[kind].setdefault(name, identity) != identity:
+            raise ConfigError(f"{path}: records here were measured with other {kind} of the name {name}; name another --out")
+    atomic.write_file(path, json.dumps({**told, **named}).encode())
 
 
-def _note_command(suite: Suite, out: pathlib.Path, command: str) -> None:
-    """Add a command to those that made the records here, once."""
-    known = _known_commands(suite, out)
-    if command not in known:
-        lines = "".join(f"{line}\n" for line in (*known, command))
-        atomic.write_file((out / suite.name / _COMMANDS).absolute(), lines.encode())
+def _note(path: pathlib.Path, line: str) -> None:
+    """Add a line to a file, once."""
+    known = _noted(path)
+    if line not in known:
+        atomic.write_file(path.absolute(), "".join(f"{each}\n" for each in (*known, line)).encode())
 
 
-def _known_commands(suite: Suite, out: pathlib.Path) -> list[str]:
-    path = out / suite.name / _COMMANDS
+def _noted(path: pathlib.Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
@@ -297,6 +307,7 @@ def _run_cell(suite: Suite, setting: Setting, cell: Cell, only: Sequence[str]) -
     missing = [key for key in known if key not in done and (not only or key in only)]
     if not missing:
         return 0
+    _note(path.parent / _MACHINES, machine())
     measured = suite.measure(cell, setting, setting.out / "work" / cell.name, known if suite.timed else missing)
     lines = (json.dumps({**cell.fields, **record}) + "\n" for record in measured)
     if suite.timed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from PIL import Image
 
 from flows.demo_data import KINDS, SceneRow, draw_row, write_rows, write_scenes
 from pipeline.config import IngestConfig
-from pipeline.errors import SubmissionError
+from pipeline.errors import ConfigError, SubmissionError
 from storage import atomic
 from storage.formats import open_submission
 
@@ -166,6 +167,20 @@ def make_data(source: str, out: pathlib.Path, *, rows: int, test_rows: int, seed
             ):  # another cell's were first
                 raise SubmissionError(f"{out.name}: holds something that is no data set; remove it")
     return DataSet(train=out / "train", test=out / "test")
+
+
+def data_identity(source: str) -> str:
+    """What tells a data set from another of its name, wherever it lies: a hash of a folder's rows.
+
+    Raises:
+        ConfigError: it is neither a name of `VARIANTS` nor a folder of rows.
+    """
+    if source in VARIANTS:
+        return "procedural"
+    rows = pathlib.Path(source) / "metadata.jsonl"
+    if not rows.is_file():
+        raise ConfigError(f"{source}: no data of this name, and no {rows.name} there; there are {', '.join(VARIANTS)}")
+    return hashlib.sha256(rows.read_bytes()).hexdigest()
 
 
 def _draw_rows(folder: pathlib.Path, parts: Sequence[tuple[str, pathlib.Path, int]], seed: int) -> None:

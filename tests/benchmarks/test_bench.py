@@ -103,6 +103,14 @@ def test_cell_text_of_what_is_no_share() -> None:
     assert cell_text([1.0, 2.0, 3.0], share=False) == "2.0 ± 2.5"
 
 
+def base_of(folder: pathlib.Path, weights: bytes = b"weights") -> pathlib.Path:
+    """A base in a folder, as far as the bench looks at it."""
+    base = folder / "base"
+    base.mkdir(parents=True, exist_ok=True)
+    (base / "model.safetensors").write_bytes(weights)
+    return base
+
+
 class Counted:
     """A suite whose records are counted as they are made."""
 
@@ -129,7 +137,7 @@ class Counted:
             yield {"what": name, "value": 1.0}
 
     def run(self, out: pathlib.Path, *only: str, seeds: Sequence[int] = (0,), workers: int = 1, command: str = "") -> list[str]:
-        setting = Setting(out=out, base=out, data="demo", rows=1, test_rows=1, epochs=1)
+        setting = Setting(out=out, base=base_of(out), data="demo", rows=1, test_rows=1, epochs=1)
         self.made = []
         return run_suite(self.suite, setting, self.suite.grid(setting, seeds), workers=workers, only=only, command=command)
 
@@ -153,13 +161,49 @@ def test_a_record_that_is_there_is_not_made_again(counted: Counted, tmp_path: pa
 
 def test_another_setting_needs_another_folder(counted: Counted, tmp_path: pathlib.Path) -> None:
     counted.run(tmp_path)
-    setting = Setting(out=tmp_path, base=tmp_path, data="demo", rows=2, test_rows=1, epochs=1)
+    setting = Setting(out=tmp_path, base=base_of(tmp_path), data="demo", rows=2, test_rows=1, epochs=1)
     with pytest.raises(ConfigError, match=r"'rows': 1.*not with .*'rows': 2.*--out"):
         run_suite(counted.suite, setting, [], workers=1)
     sizes_of_its_own = dataclasses.replace(counted.suite, name="sizes", rows=0)
     for rows in (1, 2):
         assert run_suite(sizes_of_its_own, dataclasses.replace(setting, rows=rows), [], workers=1) == []
     assert len(read_records("counted", tmp_path)) == 3
+
+
+def test_another_base_or_other_data_of_a_name_need_another_folder(counted: Counted, tmp_path: pathlib.Path) -> None:
+    """Where they lie does not matter; those of another name may come into the same folder, and what knows no names is taken."""
+    out = tmp_path / "out"
+    for folder, rows in (("here", "{}"), ("there", "{}"), ("other", "{} {}")):
+        (tmp_path / folder / "photos").mkdir(parents=True)
+        (tmp_path / folder / "photos" / "metadata.jsonl").write_text(rows)
+
+    def run(base: pathlib.Path, data: str) -> list[str]:
+        told = Setting(out=out, base=base, data=data, rows=1, test_rows=1, epochs=1)
+        return run_suite(counted.suite, told, [], workers=1)
+
+    first, moved, other = base_of(tmp_path / "a"), base_of(tmp_path / "b"), base_of(tmp_path / "c", b"others")
+    (out / "counted").mkdir(parents=True)
+    (out / "counted" / "setting.json").write_text('{"test_rows": 1, "epochs": 1, "quick": false, "rows": 1}')
+    for base in (first, moved):
+        for data in ("demo", str(tmp_path / "here/photos"), str(tmp_path / "there/photos")):
+            assert run(base, data) == []
+    with pytest.raises(ConfigError, match=r"other data of the name photos.*--out"):
+        run(first, str(tmp_path / "other/photos"))
+    with pytest.raises(ConfigError, match=r"other bases of the name base.*--out"):
+        run(other, "demo")
+    assert run(other.rename(tmp_path / "another"), "demo") == []
+    with pytest.raises(ConfigError, match="nowhere: no data of this name"):
+        run(first, str(tmp_path / "nowhere"))
+
+
+def test_the_machines_that_measured_are_named(counted: Counted, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seeds, kind in (((0,), "an old one"), ((0, 1), "a new one"), ((0, 1), "one that finds all measured")):
+        monkeypatch.setattr(bench, "machine", lambda kind=kind: kind)
+        counted.run(tmp_path, seeds=seeds, command="a command")
+    text = write_results(counted.suite, tmp_path)
+    assert text.endswith("    a command\n\nan old one.\na new one.\n")
+    (tmp_path / "counted/machines.txt").unlink()
+    assert write_results(counted.suite, tmp_path).endswith("    a command\n\none that finds all measured.\n")
 
 
 @pytest.mark.parametrize("cut", [1, 5])
