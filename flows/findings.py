@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from flows.figures import thumbnail, token_grid
 from pipeline.images import ImageError, decode_image
-from pipeline.records import Sample, Verdict, sample_from_record
+from pipeline.records import Example, Verdict, examples_of
+from storage.subset import read_rows
 
 SUSPECTS = 12
 """Quarantined rows that are shown."""
@@ -28,15 +29,12 @@ class Scores:
     """The evidence of every scored row, in order.
 
     Attributes:
-        row: int (rows,).
-        score, bye_score: float (rows,), NaN where there is none.
+        score: float (rows,), NaN where there is none.
         removed: bool (rows,), quarantined.
         cut: the score between the removed rows and those kept, None where nothing was removed.
     """
 
-    row: np.ndarray
     score: np.ndarray
-    bye_score: np.ndarray
     removed: np.ndarray
     cut: float | None
 
@@ -47,7 +45,7 @@ class Suspect:
 
     Attributes:
         row: position in the submission.
-        question, answer: of its first answer.
+        question, answer: of the turn that its group holds, the one that is shifted most; of its first answer where no group does.
         reason, score, posterior: its verdict's.
         picture: data URI of a thumbnail with the attended tokens framed; empty if there is none.
         marked: whether tokens are framed.
@@ -82,13 +80,13 @@ def read_rejected(ingested: pathlib.Path, limit: int) -> list[dict[str, Any]]:
 
 def read_scores(clustered: pathlib.Path, *, method: str) -> Scores:
     """The scores of the rows that were scored; by the method `bye` low scores are removed, by others high ones."""
-    table = pq.read_table(clustered / "verdicts.parquet", columns=["row", "verdict", "score", "bye_score"])
+    table = pq.read_table(clustered / "verdicts.parquet", columns=["verdict", "score"])
     scored = table.filter(pc.is_in(table["verdict"], pa.array([str(Verdict.KEEP), str(Verdict.QUARANTINE)])))
     score = _floats(scored["score"])
     removed = np.asarray([verdict == Verdict.QUARANTINE for verdict in scored["verdict"].to_pylist()], dtype=bool)
     taken = score[removed & np.isfinite(score)]
     cut = None if not len(taken) else float(taken.max() if method == "bye" else taken.min())
-    return Scores(row=scored["row"].to_numpy(), score=score, bye_score=_floats(scored["bye_score"]), removed=removed, cut=cut)
+    return Scores(score=score, removed=removed, cut=cut)
 
 
 def read_calibration(guarded: pathlib.Path) -> np.ndarray:
@@ -122,15 +120,15 @@ def read_suspects(sources: Sources, limit: int = SUSPECTS) -> list[Suspect]:
     if not chosen:
         return []
     wanted = [("row", "in", set(chosen))]
-    samples = {
-        record["row"]: sample_from_record(record)
-        for shard in sorted((sources.ingested / "rows").glob("shard-*.parquet"))
-        for record in pq.read_table(shard, filters=wanted).to_pylist()
-    }
     attention = pq.read_table(sources.extracted / "attention.parquet", filters=wanted).to_pylist()
-    first = {record["row"]: record for record in reversed(attention)}
-    layers = _telling_layers(sources, set(chosen))
-    return [_suspect(verdict, samples[row], first.get(row, {}), layers[row]) for row, verdict in chosen.items()]
+    records = {(record["row"], record["turn"]): record for record in attention}
+    telling = _telling(sources, set(chosen))
+    suspects = []
+    for sample in read_rows(sources.ingested / "rows", chosen):
+        turn, layers = telling[sample.row]
+        example = examples_of(sample)[turn]
+        suspects.append(_suspect(chosen[sample.row], example, records.get((sample.row, turn), {}), layers))
+    return suspects
 
 
 def read_groups(confirmed: pathlib.Path) -> list[dict[str, Any]]:
@@ -159,22 +157,24 @@ def attended_tokens(record: Mapping[str, Any], layers: Sequence[int]) -> list[in
     return sorted(total, key=lambda position: (-total[position], position))
 
 
-def _telling_layers(sources: Sources, rows: set[int]) -> dict[int, list[int]]:
-    """Per row the layers whose attended tokens are shown."""
+def _telling(sources: Sources, rows: set[int]) -> dict[int, tuple[int, list[int]]]:
+    """Per row the turn that is shown, and the layers whose attended tokens are."""
     sensitive = [layer["layer"] for layer in read_json(sources.scored / "layers.json") if layer["sensitive"]]
-    members = pq.read_table(sources.scored / "members.parquet", columns=["group", "row"], filters=[("row", "in", rows)]).to_pylist()
-    found = dict.fromkeys(rows, sensitive)
+    columns = ["group", "row", "turn", "projection"]
+    members = pq.read_table(sources.scored / "members.parquet", columns=columns, filters=[("row", "in", rows)]).to_pylist()
+    members.sort(key=lambda member: member["projection"])  # where a row is in a group with several turns, the last counts
+    found = dict.fromkeys(rows, (0, sensitive))
     for group in reversed(read_groups(sources.confirmed)):  # where a row is in several, the largest transfer comes last and counts
-        found |= {member["row"]: [group["layer"]] for member in members if member["group"] == group["group"]}
+        found |= {member["row"]: (member["turn"], [group["layer"]]) for member in members if member["group"] == group["group"]}
     return found
 
 
-def _suspect(verdict: Mapping[str, Any], sample: Sample, record: Mapping[str, Any], layers: Sequence[int]) -> Suspect:
-    picture, marked = _picture(sample.images, record, layers)
+def _suspect(verdict: Mapping[str, Any], example: Example, record: Mapping[str, Any], layers: Sequence[int]) -> Suspect:
+    picture, marked = _picture(example.images, record, layers)
     return Suspect(
         row=verdict["row"],
-        question=record.get("question", ""),
-        answer=record.get("answer", ""),
+        question=example.question,
+        answer=example.answer,
         reason=verdict["reason"] or "",
         score=verdict["score"],
         posterior=verdict["posterior"],

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from flows import findings
+from flows.figures import thumbnail
+from pipeline.images import decode_image
+from pipeline.records import Sample, question_answer, sample_from_record
+from storage.subset import canonical_shards
+from tests.conftest import write_shards
 from tests.flows.made_results import GRID, HOSTILE, POISONED, ROWS, Made, picture
 
 
@@ -19,6 +26,29 @@ def test_suspects_are_the_strongest_and_the_weakest_in_order(made: Made) -> None
     assert suspects[0].question == suspects[0].answer == suspects[0].reason == HOSTILE
     assert (suspects[0].score, suspects[0].posterior) == (5.0, 1.0)
     assert all(suspect.marked and suspect.picture.startswith("data:image/jpeg") for suspect in suspects)
+
+
+def test_of_several_turns_the_groups_is_shown_with_the_pictures_that_it_saw(made: Made) -> None:
+    """A picture comes with every question, a third one after the turn that is shifted most."""
+    turns = [message for k in range(3) for message in question_answer(f"question {k}", f"answer {k}")]
+    pictures = tuple(picture(100 + k) for k in range(3))
+    shards = made.folder / "ingest" / "rows"
+    samples = [sample_from_record(r) for path in canonical_shards(shards) for r in pq.read_table(path).to_pylist()]
+    samples[5] = Sample(row=5, messages=tuple(turns), images=pictures)
+    shutil.rmtree(shards)
+    write_shards(shards, samples)
+    path = made.folder / "extract" / "attention.parquet"
+    records = pq.read_table(path).to_pylist()
+    seen = {**records[5], "image_tokens": 2 * GRID**2, "turn": 1, "top_positions": [GRID**2 + 3] * len(records[5]["top_positions"])}
+    pq.write_table(pa.Table.from_pylist([*records[:6], seen, *records[6:]]), path)
+    path = made.folder / "score" / "members.parquet"
+    members = pq.read_table(path).to_pylist()
+    second = {"group": 1, "row": 5, "turn": 1, "projection": 9.0, "posterior": 1.0}
+    pq.write_table(pa.Table.from_pylist([second, *members]), path)
+    suspect = next(suspect for suspect in findings.read_suspects(made.results.sources()) if suspect.row == 5)
+    assert (suspect.question, suspect.answer) == ("question 1", "answer 1")
+    assert suspect.marked
+    assert suspect.picture == thumbnail(decode_image(pictures[1]), [3], GRID)
 
 
 def test_no_quarantine_no_suspects(made: Made) -> None:
@@ -69,11 +99,10 @@ def test_a_damaged_picture_is_left_out() -> None:
 
 def test_scores_leave_out_rejected_rows_and_know_the_cut(made: Made) -> None:
     scores = findings.read_scores(made.folder / "cluster", method="transfer")
-    assert len(scores.row) == ROWS
+    assert len(scores.score) == len(scores.removed) == ROWS
     assert scores.removed.sum() == len(POISONED)
     assert scores.cut == 5.0
     assert findings.read_scores(made.folder / "cluster", method="bye").cut == 5.0 + max(POISONED) / 100
-    assert np.isnan(scores.bye_score).all()
 
 
 def test_groups_come_with_the_largest_transfer_first(made: Made) -> None:
