@@ -18,13 +18,13 @@ from pipeline.config import RunConfig
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import base_identity, check_model_folder
+from stages.cluster.run import HELD_OUT, KEEP, TRAIN, VERDICTS
 from storage.formats import digest_submission
+from storage.shards import REJECTED
 from storage.store import Inputs, StageResult, Store, stage_key
 
 STORE = pathlib.Path(".byesight/store")
 """Where stage results lie unless another folder is named."""
-TRAIN, KEEP = "train.parquet", "keep.parquet"
-"""The rows to train on and those that are kept, in the cluster stage's result."""
 ScratchWork = Callable[[pathlib.Path, pathlib.Path], Mapping[str, Any]]
 """Writes a result's files into the first folder, with the second to work in, and returns the summary."""
 STAGES = ("ingest", "provisional", "extract", "score", "confirm", "cluster", "final", "guard", "verify", "delivery")
@@ -206,6 +206,7 @@ def extract(line: Line, ingested: StageResult, provisional: StageResult) -> Stag
 
 def score(line: Line, extracted: StageResult) -> StageResult:
     """Layer profile and evidence per row."""
+    from stages.extract.run import TABLE
     from stages.score.run import VERSION, run
 
     planted = line.config.canary
@@ -214,7 +215,7 @@ def score(line: Line, extracted: StageResult) -> StageResult:
 
     def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
-            attention=extracted.folder / "attention.parquet",
+            attention=extracted.folder / TABLE,
             config=config,
             seed=line.config.seed,
             out=folder,
@@ -230,6 +231,8 @@ def confirm(
 ) -> StageResult:
     """The causal test of the candidate groups on the provisional model."""
     from stages.confirm.run import VERSION, run
+    from stages.extract.run import TABLE
+    from stages.score.run import GROUPS, MEMBERS
 
     inputs: Inputs = {
         "rows": ingested,
@@ -245,9 +248,9 @@ def confirm(
             rows=rows_of(ingested),
             base=line.base,
             provisional=provisional.folder / "adapter",
-            attention=extracted.folder / "attention.parquet",
-            groups=scored.folder / "groups.json",
-            members=scored.folder / "members.parquet",
+            attention=extracted.folder / TABLE,
+            groups=scored.folder / GROUPS,
+            members=scored.folder / MEMBERS,
             config=line.config.confirm,
             dtype=line.config.dtype,
             engine=line.engine,
@@ -274,6 +277,8 @@ def cluster(
     """
     from stages.canary.run import CANARIES
     from stages.cluster.run import VERSION, run
+    from stages.confirm.run import ROWS, TRANSFER
+    from stages.score.run import EVIDENCE, MEMBERS
 
     share = line.config.verify.held_out_share
     planted = looked_at if looked_at is not None and looked_at.stage == "canary" else None
@@ -281,11 +286,11 @@ def cluster(
     def work(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         return run(
             rows=rows_of(ingested),
-            rejected=ingested.folder / "rejected.parquet",
-            evidence=scored.folder / "evidence.parquet",
-            members=scored.folder / "members.parquet",
-            transfer=confirmed.folder / "transfer.json",
-            asked=confirmed.folder / "rows.parquet",
+            rejected=ingested.folder / REJECTED,
+            evidence=scored.folder / EVIDENCE,
+            members=scored.folder / MEMBERS,
+            transfer=confirmed.folder / TRANSFER,
+            asked=confirmed.folder / ROWS,
             canaries=None if planted is None else planted.folder / CANARIES,
             config=line.config.cluster,
             held_out_share=share,
@@ -368,8 +373,8 @@ def verify(
             provisional=provisional.folder / "adapter",
             final=final.folder / "adapter",
             guard=guarded.folder,
-            verdicts=clustered.folder / "verdicts.parquet",
-            held_out=clustered.folder / "held_out.parquet",
+            verdicts=clustered.folder / VERDICTS,
+            held_out=clustered.folder / HELD_OUT,
             config=line.config.verify,
             dtype=line.config.dtype,
             engine=line.engine,

@@ -107,7 +107,11 @@ class ScoreConfig(Section):
         "`public-code` keeps |mu1-mu2| > 2(s1+s2).",
     )
     bsi_threshold: float = pydantic.Field(2.0, gt=0, description="Least bimodal separation of a sensitive layer (BYE: 2.0).")
-    least_rows: int = pydantic.Field(8, ge=3, description="Fewest rows that share an answer or a phrase to be looked at together.")
+    least_rows: int = pydantic.Field(
+        8,
+        ge=3,
+        description="Fewest examples (a row has one per answer) that share an answer or a phrase to be looked at together.",
+    )
     candidates: int = pydantic.Field(
         64,
         gt=0,

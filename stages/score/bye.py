@@ -17,14 +17,13 @@ class TwoComponents:
     """A two-component Gaussian mixture of one variable, beside one Gaussian; component 0 has the lower mean.
 
     Attributes:
-        means, deviations, shares: float (2,), in the variable's unit; shares sum to 1.
+        means, deviations: float (2,), in the variable's unit.
         posterior: float (samples,), probability of component 0.
         bic_gain: BIC of one component minus BIC of two; positive where two fit better.
     """
 
     means: np.ndarray
     deviations: np.ndarray
-    shares: np.ndarray
     posterior: np.ndarray
     bic_gain: float
 
@@ -53,7 +52,6 @@ def two_components(values: np.ndarray, seed: int) -> TwoComponents | None:
     return TwoComponents(
         means=mixture.means_.ravel()[order] * scale,
         deviations=np.sqrt(mixture.covariances_.ravel()[order]) * scale,
-        shares=mixture.weights_[order],
         posterior=mixture.predict_proba(column)[:, order[0]],
         bic_gain=float(single.bic(column) - mixture.bic(column)),
     )

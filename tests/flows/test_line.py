@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import line as stages
-from flows.line import NO_MATTER, STAGES, TRAIN, Line, open_line, special_tokens
+from flows.line import NO_MATTER, STAGES, Line, open_line, special_tokens
 from flows.progress import listening
 from pipeline.config import CanaryConfig, RunConfig, Section
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, ModelError, StageError
+from stages.cluster.run import TRAIN
 from storage.formats import digest_submission
 from storage.store import StageResult
 from tests.storage.submissions import imagefolder, qa

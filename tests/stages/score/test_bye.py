@@ -43,7 +43,6 @@ def test_the_published_figure_of_the_public_code() -> None:
         fit = TwoComponents(
             means=np.array([0.0, distance * np.sqrt(2)]),
             deviations=np.ones(2),
-            shares=np.full(2, 0.5),
             posterior=np.empty(0),
             bic_gain=1.0,
         )
@@ -135,7 +134,7 @@ def test_the_mixture() -> None:
     assert fit is not None
     assert fit.means == pytest.approx([2.0, 3.0], abs=0.02)
     assert fit.deviations == pytest.approx([0.1, 0.1], abs=0.01)
-    assert fit.shares == pytest.approx([0.2, 0.8], abs=0.01)
+    assert fit.posterior.mean() == pytest.approx(0.2, abs=0.01)
     assert fit.bic_gain > 0
     single = two_components(bimodal(0, 5), 0)
     assert single is not None
