@@ -13,6 +13,7 @@ from pipeline.engine import Engine
 from pipeline.records import Progress, no_progress
 from stages.extract.worker import ExtractWorker
 from storage.ordered import rows_of_shards, write_ordered
+from storage.subset import canonical_shards
 
 VERSION = 2
 TABLE = "attention.parquet"
@@ -44,7 +45,7 @@ def run(
     Returns:
         The summary: examples, examples with pictures, layers, heads.
     """
-    shards = sorted(rows.glob("shard-*.parquet"))
+    shards = canonical_shards(rows)
     order = rows_of_shards(shards)
     arguments = {
         "base": str(base),

@@ -16,6 +16,7 @@ import torch
 from pipeline.errors import StageError
 from pipeline.prompts import IGNORED, Batch, encode_training
 from pipeline.records import Example, Sample, examples_of, sample_from_record
+from storage.subset import canonical_shards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def open_rows(rows: pathlib.Path, cache: pathlib.Path, keep: pathlib.Path | None
     """
     import datasets
 
-    shards = sorted(rows.glob("shard-*.parquet"))
+    shards = canonical_shards(rows)
     if not shards:
         raise StageError(f"{rows}: no shard-*.parquet to train on")
     datasets.disable_progress_bars()
