@@ -18,6 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import base_identity, check_model_folder
+from pipeline.prompts import control_tokens
 from stages.cluster.run import HELD_OUT, KEEP, TRAIN, VERDICTS
 from storage.formats import digest_submission
 from storage.shards import REJECTED
@@ -87,8 +88,7 @@ def special_tokens(base: pathlib.Path) -> list[str]:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{base}: its tokenizer can't be loaded: {error}") from error
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({str(token) for token in (*added, *tokenizer.all_special_tokens) if len(str(token)) > 1})
+    return control_tokens(tokenizer)
 
 
 def ingest(line: Line) -> StageResult:

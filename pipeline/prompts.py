@@ -148,15 +148,19 @@ def _break(match: re.Match[str]) -> str:
     return f"{match[0][0]}\u200b{match[0][1:]}"
 
 
+def control_tokens(tokenizer: Any) -> list[str]:
+    """What a tokenizer reads as control, sorted."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return sorted({str(token) for token in (*added, *tokenizer.all_special_tokens) if len(str(token)) > 1})
+
+
 _patterns: weakref.WeakKeyDictionary[Any, re.Pattern[str]] = weakref.WeakKeyDictionary()
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Matches any special token of a tokenizer, spelt out; the pattern is made once per tokenizer."""
     if tokenizer not in _patterns:
-        added = tokenizer.added_tokens_decoder.values()
-        names = {str(token.content) for token in added if token.special} | set(tokenizer.all_special_tokens)
-        longest_first = sorted((name for name in names if len(name) > 1), key=lambda name: (-len(name), name))
+        longest_first = sorted(control_tokens(tokenizer), key=len, reverse=True)
         _patterns[tokenizer] = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
     return _patterns[tokenizer]
 
