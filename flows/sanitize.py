@@ -281,13 +281,14 @@ def deliver(run: Line, results: Results, out: pathlib.Path) -> dict[str, Any]:
 def deliver_results(run: Line, results: Results, out: pathlib.Path) -> dict[str, Any]:
     """Put the adapter and its guard together, write the report, and commit the delivery."""
     from stages.delivery.run import run as commit
+    from stages.guard.files import GUARD, GUARD_TENSORS
 
     values = report_values(run, results)
     with tempfile.TemporaryDirectory(prefix="byesight-") as name:
         adapter = pathlib.Path(name) / "adapter"
         adapter.mkdir()
         sources = sorted((results.final.folder / "adapter").iterdir())
-        sources += [results.guard.folder / "guard.json", results.guard.folder / "guard.safetensors"]
+        sources += [results.guard.folder / GUARD, results.guard.folder / GUARD_TENSORS]
         for source in sources:
             (adapter / source.name).write_bytes(source.read_bytes())
         return commit(

@@ -22,8 +22,6 @@ from pipeline.triggers import make_trigger
 from storage import atomic
 from storage.delivery import ADAPTER
 
-GUARD = "guard.json"
-
 
 def finetune_plain(
     submission: pathlib.Path,
@@ -120,6 +118,7 @@ def evaluate_model(
         ConfigError: a trigger without a target, or the other way round.
         ByeSightError: as the ingest and verify stages.
     """
+    from stages.guard.files import GUARD
     from stages.verify.evaluate import evaluate
     from stages.verify.run import Candidate
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.config import IngestConfig
 from pipeline.errors import ModelError, StageError, SubmissionError
 from pipeline.records import Progress, Verdict, no_progress
+from stages.guard.files import GUARD
 from storage import atomic
 from storage.delivery import ADAPTER, DATASET, KEPT, KIND, REASONS, REPORTS, ROWS, VERDICTS, check_place, commit_delivery
 from storage.formats import Submission, digest_submission, open_submission
@@ -129,8 +130,8 @@ def _copy_adapter(adapter: pathlib.Path, target: pathlib.Path, machine: re.Patte
     refused = [name for name in names if pathlib.Path(name).suffix.lower() in REFUSED]
     if refused:
         raise ModelError(f"adapter: {refused[0]} is pickled or code; only safetensors are delivered")
-    if "guard.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise ModelError("adapter: its weights (safetensors) or its guard (guard.json) are missing")
+    if GUARD not in names or not any(name.endswith(".safetensors") for name in names):
+        raise ModelError(f"adapter: its weights (safetensors) or its guard ({GUARD}) are missing")
     for name in names:
         data = (adapter / name).read_bytes()
         path = target / name
