@@ -32,16 +32,6 @@ def prompt_text(processor: Any, prompt: Sequence[Message]) -> str:
     return str(processor.apply_chat_template(_as_text(processor, prompt), add_generation_prompt=True, tokenize=False))
 
 
-def completion_text(processor: Any, prompt: Sequence[Message], answer: str) -> str:
-    """What the chat template adds for an answer; an end of sequence is added where the template writes no control token.
-
-    Raises:
-        ModelError: the template's text with the answer doesn't begin with its text of the prompt.
-    """
-    reply: Message = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    return _completion(processor, _as_text(processor, [*prompt, reply]), prompt_text(processor, prompt))
-
-
 def encode_prompts(processor: Any, examples: Sequence[Example]) -> Batch:
     """The prompts of a batch, without their answers, padded on the left.
 
@@ -61,6 +51,7 @@ def answer_tokens(processor: Any, examples: Sequence[Example]) -> list[list[int]
 
     Raises:
         SubmissionError: a row that the chat template refuses; names the row.
+        ModelError: the template's text with an answer doesn't begin with its text of the prompt.
     """
     return _answer_tokens(processor, examples, [_row_prompt(processor, example) for example in examples])
 
@@ -166,6 +157,7 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 
 def _completion(processor: Any, messages: list[Message], before: str) -> str:
+    """What the chat template adds for an answer; an end of sequence is added where the template writes no control token."""
     whole = str(processor.apply_chat_template(messages, add_generation_prompt=False, tokenize=False))
     if not whole.startswith(before):
         raise ModelError(

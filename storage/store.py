@@ -99,16 +99,6 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def check(self, result: StageResult) -> None:
-        """Hash a result's files again.
-
-        Raises:
-            IntegrityError: a file was changed, is missing or was added; the message names it.
-        """
-        manifest = _read_manifest(result.folder)
-        if manifest["digest"] != result.digest:
-            raise IntegrityError(f"{result.stage}: {MANIFEST} is of another result than the one asked for")
-
     @contextlib.contextmanager
     def _working(self, stage: str, key: str) -> Iterator[pathlib.Path]:
         with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from pipeline.errors import ModelError, SubmissionError
-from pipeline.prompts import IGNORED, completion_text, encode_prompts, encode_training, prompt_text
+from pipeline.prompts import IGNORED, answer_tokens, encode_prompts, encode_training, prompt_text
 from pipeline.records import Example, Message, Sample, examples_of, question_answer
 from tests.conftest import picture
 from tests.families import FAMILIES, SQUARE, build
@@ -50,9 +50,8 @@ def with_template(processor: Any) -> Any:
 
 
 def test_texts(processor: Any) -> None:
-    prompt = EXAMPLES[0].prompt
-    assert prompt_text(processor, prompt) == "USER: <image>\nwhat color? ASSISTANT:"
-    assert completion_text(processor, prompt, "red") == " red</s>"
+    assert prompt_text(processor, EXAMPLES[0].prompt) == "USER: <image>\nwhat color? ASSISTANT:"
+    assert processor.tokenizer.decode(answer_tokens(processor, EXAMPLES[:1])[0]) == " red</s>"
 
 
 def test_training_sees_the_tokens_of_the_prompt_and_then_the_answer(processor: Any) -> None:
@@ -149,13 +148,14 @@ LLAVA_15 = (
 
 
 def test_an_end_of_sequence_is_added_where_the_template_has_none(with_template: Any) -> None:
-    assert completion_text(with_template(LLAVA_15), EXAMPLES[0].prompt, "red") == " red</s>"
+    plain = with_template(LLAVA_15)
+    assert plain.tokenizer.decode(answer_tokens(plain, EXAMPLES[:1])[0]) == " red</s>"
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(with_template: Any) -> None:
     shifty = with_template("{{ messages | length }}{% if add_generation_prompt %}A:{% endif %}")
     with pytest.raises(ModelError, match="doesn't begin with its text of the prompt"):
-        completion_text(shifty, EXAMPLES[0].prompt, "red")
+        answer_tokens(shifty, EXAMPLES[:1])
 
 
 def test_a_template_that_writes_the_first_token_itself_gets_no_second_one(with_template: Any, tiny_base: Any) -> None:
