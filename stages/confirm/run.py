@@ -36,7 +36,7 @@ from stages.score.groups import plain_answer
 from stages.score.words import with_words
 from storage.subset import read_rows
 
-VERSION = 9
+VERSION = 10
 TRANSFER = "transfer.json"
 ROWS = "rows.parquet"
 LEAST_HOSTS = 8
