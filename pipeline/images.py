@@ -72,7 +72,7 @@ def decode_image(data: bytes, *, max_pixels: int | None = None) -> Image.Image:
     except UnidentifiedImageError:
         raise ImageError("not a PNG, JPEG or WEBP picture") from None
     except Image.DecompressionBombError as error:
-        raise ImageSizeError(str(error)) from error
+        raise ImageSizeError(str(error) if max_pixels is None else f"{error}; the limit is {max_pixels} pixels") from error
     except _DAMAGE as error:
         raise ImageError(f"the picture is damaged: {error}") from error
 
