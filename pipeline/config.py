@@ -286,13 +286,16 @@ class EngineConfig(Section):
         "ray", description="`ray`, or `local`: everything in this process, for debugging."
     )
     workers: int = pydantic.Field(
-        0, ge=0, le=1024, description="Parallel model workers; 0: one per GPU, or one per CPU core up to 4 where there is none."
+        0,
+        ge=0,
+        le=1024,
+        description="Parallel model workers; 0: one per GPU (of the cluster), or one per CPU core up to 4 where there is none.",
     )
     threads: int = pydantic.Field(0, ge=0, le=256, description="Torch threads per worker; 0 shares the cores evenly.")
     address: str | None = pydantic.Field(
         None,
-        description="Address of a Ray cluster, whose nodes all see submission, base and store under the same paths; `null` starts "
-        "Ray on this machine.",
+        description="Address of a Ray cluster, whose nodes all see base and store under the same paths; `null` starts Ray on this "
+        "machine.",
     )
     object_store_bytes: int = pydantic.Field(
         400_000_000, ge=80_000_000, description="Memory of a locally started Ray's object store."
