@@ -120,7 +120,7 @@ def run(
     if removed > config.removal_cap * accepted:
         raise RemovalCapError(
             f"{removed} of {accepted} rows ({removed / accepted:.0%}) look poisoned, more than cluster.removal_cap = "
-            f"{config.removal_cap:.0%}; look at the groups of the score stage, and raise the cap if they are an attack"
+            f"{config.removal_cap:.0%}; look at the groups of the confirm stage, and raise the cap if they are an attack"
         )
     _write_lists(table["row"].to_numpy(), verdicts, held_out_share, seed, out)
     pq.write_table(table, out / VERDICTS, compression="zstd")
