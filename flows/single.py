@@ -18,6 +18,7 @@ from pipeline.config import RunConfig, VerifyConfig
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import ADAPTER_CONFIG, EMBEDDED_BASE, load_processor
+from pipeline.prompts import token_count
 from pipeline.triggers import make_trigger
 from storage import atomic
 from storage.delivery import ADAPTER
@@ -151,7 +152,7 @@ def evaluate_model(
 
 def _long_enough(config: VerifyConfig, target: str, base: pathlib.Path) -> VerifyConfig:
     """Answers as long as the target at least: cut before, its success rate would be 0 whatever the model has learnt."""
-    tokens = len(load_processor(base).tokenizer(target, add_special_tokens=False)["input_ids"])
+    tokens = token_count(load_processor(base), target)
     return config.model_copy(update={"max_new_tokens": max(config.max_new_tokens, tokens + 1)})
 
 

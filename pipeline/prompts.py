@@ -108,8 +108,12 @@ def check_texts(processor: Any, examples: Iterable[Example], max_length: int) ->
     for example in examples:
         prompt = _row_prompt(processor, example)
         text = prompt + _row_completion(processor, example, prompt)
-        length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        _check_length(example, length, max_length, "without")
+        _check_length(example, token_count(processor, text), max_length, "without")
+
+
+def token_count(processor: Any, text: str) -> int:
+    """Tokens of a text as it is, with none added around it."""
+    return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _check_length(example: Example, length: int, max_length: int, pictures: str) -> None:

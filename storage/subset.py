@@ -1,4 +1,4 @@
-"""Copies of canonical shards: some rows, or rows changed on the way; one shard in memory at a time."""
+"""Some rows of canonical shards, read or copied, or changed on the way; one shard in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.records import Sample, sample_from_record
+from pipeline.records import Example, Sample, examples_of, sample_from_record
 from storage.ordered import rows_of_shards
 from storage.shards import ShardWriter
 
 _ROWS = 512
+Place = tuple[int, int]
+"""Row and turn of an example."""
 
 
 def canonical_shards(rows: pathlib.Path) -> list[pathlib.Path]:
@@ -37,6 +39,13 @@ def read_rows(rows: pathlib.Path, chosen: Iterable[int] | None = None) -> Iterat
                 continue
             filters = [("row", "in", here.tolist())]
         yield from map(sample_from_record, pq.read_table(shard, filters=filters).to_pylist())
+
+
+def read_examples(rows: pathlib.Path, wanted: Iterable[Place]) -> dict[Place, Example]:
+    """Some examples of canonical shards, by place."""
+    places = set(wanted)
+    read = (example for sample in read_rows(rows, {row for row, _ in places}) for example in examples_of(sample))
+    return {place: example for example in read if (place := (example.row, example.turn)) in places}
 
 
 def copy_rows(

@@ -10,34 +10,26 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.records import Example, examples_of, messages_to_json
+from pipeline.records import examples_of, messages_to_json
 from stages.confirm.asking import honestly_given
-from stages.confirm.worker import PICTURE_TASK
-from storage.subset import read_rows
+from stages.confirm.worker import PICTURE_RESULT, PICTURE_TASK
+from storage.subset import Place, read_examples, read_rows
 
 QUESTIONS = 6
 """Questions that each picture is asked."""
 TELLING = 0.1
 """Transfer from which a group's rows are looked at one by one; honest groups reach 0.06."""
-ROWS_SCHEMA = pa.schema(
-    [
-        ("group", pa.int64()),
-        ("row", pa.int64()),
-        ("turn", pa.int32()),
-        ("asked", pa.int32()),
-        ("hits", pa.int32()),
-        ("posterior", pa.float64()),
-    ]
-)
+ROWS_SCHEMA = PICTURE_RESULT.append(pa.field("posterior", pa.float64()))
 """A doubtful example, how many questions were asked about its pictures, how many got the group's answer, and the probability that
 it is the attack's."""
 _LEAST = 8
@@ -45,8 +37,7 @@ _LEAST = 8
 _MOST = 64
 """Most rows by which either rate is measured, and most questions that are drawn from."""
 _SHARD_ROWS = 128
-Place = tuple[int, int]
-"""Row and turn of an example."""
+_ASKED = 29  # stream of random numbers: which questions a picture is asked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,13 +70,8 @@ def rows_in_doubt(questions: Sequence[str], inside: np.ndarray, shifted: Sequenc
         None where none of them is in doubt, or where too few are not, so that nothing can be measured.
     """
     belongs = honestly_given(questions, inside)
-    parts = [
-        [k for k in shifted if belongs[k]],
-        [k for k in shifted if not belongs[k]],
-        np.flatnonzero(belongs & ~inside).tolist(),
-        np.flatnonzero(~belongs & ~inside).tolist(),
-    ]
-    doubtful, sure, others, hosts = parts
+    doubtful, sure = ([k for k in shifted if belongs[k] == kind] for kind in (True, False))
+    others, hosts = (np.flatnonzero((belongs == kind) & ~inside).tolist() for kind in (True, False))
     if not doubtful or min(len(sure), len(others)) < _LEAST or len(hosts) < QUESTIONS:
         return None
     sure, others, hosts = (sorted(rng.permutation(part)[:_MOST].tolist()) for part in (sure, others, hosts))
@@ -110,44 +96,55 @@ def write_tasks(
         seed: of the choice of questions.
         scratch: folder to write into.
     """
+    shards: list[pathlib.Path] = []
+    tasks = _tasks(rows, places, mixed, described, seed)
+    while waiting := list(itertools.islice(tasks, _SHARD_ROWS)):
+        shards.append(scratch / f"pictures-{len(shards):05d}.parquet")
+        pq.write_table(pa.Table.from_pylist(waiting, schema=PICTURE_TASK), shards[-1], row_group_size=len(waiting))
+    return shards
+
+
+def _tasks(
+    rows: pathlib.Path,
+    places: Sequence[Place],
+    mixed: Mapping[int, Mixed],
+    described: Mapping[int, Mapping[str, Any]],
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """The records of `write_tasks`, in order of the rows."""
+    prompts = _prompts(rows, places, mixed)
     of_row: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
     for number, drawn in mixed.items():
         for k in (*drawn.doubtful, *drawn.sure, *drawn.others):
             of_row[places[k][0]].append((number, k))
-    hosts = _examples(rows, {places[k] for drawn in mixed.values() for k in drawn.hosts})
-    shards: list[pathlib.Path] = []
-    waiting: list[dict[str, Any]] = []
-
-    def write() -> None:
-        shards.append(scratch / f"pictures-{len(shards):05d}.parquet")
-        pq.write_table(pa.Table.from_pylist(waiting, schema=PICTURE_TASK), shards[-1], row_group_size=len(waiting))
-        waiting.clear()
-
     for sample in read_rows(rows, of_row):
         turns = {example.turn: example for example in examples_of(sample)}
         for number, k in of_row[sample.row]:
-            example = turns[places[k][1]]
-            fitting = [hosts[places[h]] for h in mixed[number].hosts if len(hosts[places[h]].images) == len(example.images)]
+            example, group = turns[places[k][1]], described[number]
+            fitting = prompts[number, len(example.images)]
             if len(fitting) < QUESTIONS:
                 continue
-            rng = np.random.default_rng([seed, 29, number, k])
-            chosen = rng.choice(len(fitting), size=QUESTIONS, replace=False).tolist()
-            waiting.append(
-                {
-                    "group": number,
-                    "row": example.row,
-                    "turn": example.turn,
-                    **{name: described[number][name] for name in ("text", "whole")},
-                    "longest": described[number]["text"] if described[number]["whole"] else example.answer,
-                    "images": list(example.images),
-                    "prompts": [messages_to_json(fitting[h].prompt) for h in chosen],
-                }
-            )
-        if len(waiting) >= _SHARD_ROWS:
-            write()
-    if waiting:
-        write()
-    return shards
+            chosen = np.random.default_rng([seed, _ASKED, number, k]).choice(len(fitting), size=QUESTIONS, replace=False)
+            yield {
+                "group": number,
+                "row": example.row,
+                "turn": example.turn,
+                "text": group["text"],
+                "whole": group["whole"],
+                "longest": group["text"] if group["whole"] else example.answer,
+                "images": list(example.images),
+                "prompts": [fitting[h] for h in chosen.tolist()],
+            }
+
+
+def _prompts(rows: pathlib.Path, places: Sequence[Place], mixed: Mapping[int, Mixed]) -> dict[tuple[int, int], list[str]]:
+    """The hosts' prompts by group and number of pictures."""
+    hosts = read_examples(rows, (places[k] for drawn in mixed.values() for k in drawn.hosts))
+    found: dict[tuple[int, int], list[str]] = collections.defaultdict(list)
+    for number, drawn in mixed.items():
+        for host in (hosts[places[k]] for k in drawn.hosts):
+            found[number, len(host.images)].append(messages_to_json(host.prompt))
+    return found
 
 
 def judged(
@@ -204,8 +201,3 @@ def _rate(results: Iterable[tuple[int, int] | None]) -> float:
     """Share of the questions that got the answer, with one more that did and one that did not."""
     known = [found for found in results if found is not None]
     return (sum(hits for _, hits in known) + 1) / (sum(asked for asked, _ in known) + 2)
-
-
-def _examples(rows: pathlib.Path, wanted: set[Place]) -> dict[Place, Example]:
-    read = (example for sample in read_rows(rows, {row for row, _ in wanted}) for example in examples_of(sample))
-    return {place: example for example in read if (place := (example.row, example.turn)) in wanted}

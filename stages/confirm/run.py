@@ -18,7 +18,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,13 @@ import pyarrow.parquet as pq
 from pipeline.config import ConfirmConfig
 from pipeline.engine import Engine
 from pipeline.models import Dtype
-from pipeline.records import Example, Progress, examples_of, messages_to_json, no_progress
+from pipeline.records import Example, Progress, messages_to_json, no_progress
 from stages.confirm.asking import question_types, questions_to_ask
 from stages.confirm.mixed import QUESTIONS, TELLING, Mixed, judged, rows_in_doubt, write_tasks
 from stages.confirm.worker import HONEST, TASK, ConfirmWorker, PictureWorker
 from stages.score.groups import plain_answer
 from stages.score.words import with_words
-from storage.subset import read_rows
+from storage.subset import Place, read_examples
 
 VERSION = 10
 TRANSFER = "transfer.json"
@@ -46,8 +46,7 @@ LEAST_QUESTIONS = 32
 so chance must weigh less."""
 MANY = 32
 """Fewest shifted members whose mean is nobody's picture: of fewer, what they show in one place is left in it."""
-Place = tuple[int, int]
-"""Row and turn of an example."""
+_DRAW, _DOUBT = 19, 31  # streams of random numbers: what is tried on what, and what tells a group's rows apart
 
 
 def run(
@@ -92,10 +91,12 @@ def run(
     described = json.loads(groups.read_text(encoding="utf-8"))
     table = pq.read_table(attention, columns=["row", "turn", "question", "answer", "image_tokens", "layers", "top_positions"])
     table = table.filter(pa.array(table["image_tokens"].to_numpy() > 0))
-    candidates = _candidates(table, members, described)
-    drawn = _draw(table, candidates, config.hosts, seed)
+    places: list[Place] = list(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))
+    questions, answers = ([plain_answer(text) for text in table[name].to_pylist()] for name in ("question", "answer"))
+    candidates = _candidates(places, members, described)
+    drawn = _draw(questions, answers, candidates, config.hosts, seed)
     scratch.mkdir(parents=True, exist_ok=True)
-    shards = _write_tasks(table, rows, described, drawn, config.token_share, scratch)
+    shards = _write_tasks(table, places, rows, described, drawn, config.token_share, scratch)
     model = {"base": str(base), "adapter": str(provisional), "dtype": dtype, "max_new_tokens": config.max_new_tokens}
     arguments = {**model, "batch_size": config.batch_size, "screen": config.screen}
     results: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
@@ -104,13 +105,13 @@ def run(
             results[result["group"]].append(result)
         progress(done / len(shards), f"{done} of {len(shards)} experiments done")
     tried = [_outcome(group, results[group["group"]]) for group in described if group["group"] in results]
-    doubtful = _in_doubt(table, candidates, tried, seed)
-    asked = write_tasks(rows, _places(table), doubtful, {group["group"]: group for group in tried}, seed, scratch)
-    answers: dict[tuple[int, int, int], tuple[int, int]] = {}
+    doubtful = _in_doubt(questions, candidates, tried, seed)
+    asked = write_tasks(rows, places, doubtful, {group["group"]: group for group in tried}, seed, scratch)
+    hits: dict[tuple[int, int, int], tuple[int, int]] = {}
     at_once = max(1, config.batch_size // QUESTIONS)
     for finished in engine.map_shards(asked, PictureWorker, model, batch_rows=at_once) if asked else ():
-        answers |= {(one["group"], one["row"], one["turn"]): (one["asked"], one["hits"]) for one in finished.to_pylist()}
-    judgement, told = judged(answers, _places(table), doubtful)
+        hits |= {(one["group"], one["row"], one["turn"]): (one["asked"], one["hits"]) for one in finished.to_pylist()}
+    judgement, told = judged(hits, places, doubtful)
     for group in tried:
         group["mixed"] = told.get(group["group"])
     (out / TRANSFER).write_text(json.dumps(tried, indent=2) + "\n", encoding="utf-8")
@@ -210,10 +211,10 @@ class Drawn:
         return {*self.hosts, *self.sources, *(k for three in self.asked for k in three)}
 
 
-def _candidates(table: pa.Table, members: pathlib.Path, described: Sequence[dict[str, Any]]) -> dict[int, Candidate]:
+def _candidates(places: Sequence[Place], members: pathlib.Path, described: Sequence[dict[str, Any]]) -> dict[int, Candidate]:
     """The groups; those without a shifted member, or with all rows, are left out."""
-    rows = table["row"].to_numpy()
-    index = {place: k for k, place in enumerate(_places(table))}
+    rows = np.asarray([row for row, _ in places], dtype=np.int64)
+    index = {place: k for k, place in enumerate(places)}
     texts = {group["group"]: (group["text"], group["whole"]) for group in described}
     inside: dict[tuple[str, bool], set[int]] = collections.defaultdict(set)
     shifted: dict[int, list[int]] = collections.defaultdict(list)
@@ -231,16 +232,15 @@ def _candidates(table: pa.Table, members: pathlib.Path, described: Sequence[dict
     return {number: group for number, group in found.items() if not group.inside.all()}
 
 
-def _draw(table: pa.Table, groups: Mapping[int, Candidate], most: int, seed: int) -> list[Drawn]:
+def _draw(questions: Sequence[str], answers: Sequence[str], groups: Mapping[int, Candidate], most: int, seed: int) -> list[Drawn]:
     """What is tried on what: on rows that ask something of another kind, where there are any, and on rows that ask the same.
 
     The latter tells nothing of a phrase that few rows share.
     """
-    questions, answers = ([plain_answer(text) for text in table[name].to_pylist()] for name in ("question", "answer"))
     types = question_types(questions)
     drawn = []
     for number, group in groups.items():
-        rng = np.random.default_rng([seed, 19, number])
+        rng = np.random.default_rng([seed, _DRAW, number])
         asked = questions_to_ask(questions, answers, group.inside, np.asarray(group.shifted), most=most, rng=rng)
         if len(asked) >= min(LEAST_QUESTIONS, most):
             sources, hosts = [source for source, _, _ in asked], [host for _, host, _ in asked]
@@ -272,18 +272,21 @@ def _alike(types: Sequence[str], group: Candidate, most: int, rng: np.random.Gen
     return rng.choice(group.shifted, size=len(hosts), replace=len(group.shifted) < len(hosts)).tolist(), hosts
 
 
-def _in_doubt(table: pa.Table, groups: Mapping[int, Candidate], tried: Sequence[Mapping[str, Any]], seed: int) -> dict[int, Mixed]:
+def _in_doubt(
+    questions: Sequence[str], groups: Mapping[int, Candidate], tried: Sequence[Mapping[str, Any]], seed: int
+) -> dict[int, Mixed]:
     """The groups to which an answer transfers, as far as honest rows may have it too."""
-    questions = [plain_answer(text) for text in table["question"].to_pylist()]
+    telling = [group["group"] for group in tried if max(group["tokens_transfer"], group["pictures_transfer"]) >= TELLING]
+    streams = {number: np.random.default_rng([seed, _DOUBT, number]) for number in telling}
     found = {
-        number: rows_in_doubt(questions, groups[number].inside, groups[number].shifted, np.random.default_rng([seed, 31, number]))
-        for number in (group["group"] for group in tried if max(group["tokens_transfer"], group["pictures_transfer"]) >= TELLING)
+        number: rows_in_doubt(questions, groups[number].inside, groups[number].shifted, rng) for number, rng in streams.items()
     }
     return {number: mixed for number, mixed in found.items() if mixed is not None}
 
 
 def _write_tasks(
     table: pa.Table,
+    places: Sequence[Place],
     rows: pathlib.Path,
     described: Sequence[dict[str, Any]],
     drawn: Sequence[Drawn],
@@ -291,8 +294,7 @@ def _write_tasks(
     scratch: pathlib.Path,
 ) -> list[pathlib.Path]:
     """One file per experiment with all that it needs."""
-    places = _places(table)
-    found = _examples(rows, {places[k] for experiment in drawn for k in experiment.examples})
+    found = read_examples(rows, (places[k] for experiment in drawn for k in experiment.examples))
     of_group = {group["group"]: group for group in described}
     shards = []
     for number, experiment in enumerate(drawn):
@@ -328,19 +330,8 @@ def _worded(hosts: Sequence[Example], words: dict[str, Any] | None) -> list[str]
     return [messages_to_json(with_words(host.prompt, words["text"], at_end=words["at_end"])) for host in hosts]
 
 
-def _places(table: pa.Table) -> list[Place]:
-    return list(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))
-
-
 def _attended(record: dict[str, Any], layer: int, share: float) -> list[int]:
     """The most attended image tokens of an example in a layer, at most `share` of its image tokens."""
     per_layer = len(record["top_positions"]) // record["layers"]
     most = max(1, min(per_layer, math.ceil(share * record["image_tokens"])))
     return [p for p in record["top_positions"][layer * per_layer : layer * per_layer + most] if p >= 0]
-
-
-def _examples(rows: pathlib.Path, wanted: Iterable[Place]) -> dict[Place, Example]:
-    """The wanted examples, read shard by shard."""
-    places = set(wanted)
-    read = (example for sample in read_rows(rows, {row for row, _ in places}) for example in examples_of(sample))
-    return {place: example for example in read if (place := (example.row, example.turn)) in places}

@@ -11,6 +11,7 @@ import torch
 from pipeline.attention import base_of
 from pipeline.generation import complete, encode_on
 from pipeline.models import image_token_id
+from pipeline.prompts import token_count
 from pipeline.records import Example
 
 
@@ -75,7 +76,7 @@ class TokenTransplant:
 
     def length(self, text: str) -> int:
         """Tokens of a text."""
-        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return token_count(self.processor, text)
 
     @torch.inference_mode()
     def answers(self, examples: Sequence[Example], tokens: Sequence[torch.Tensor], *, max_new_tokens: int) -> list[str]:

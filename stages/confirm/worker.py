@@ -16,6 +16,7 @@ import torch
 from pipeline.generation import answer
 from pipeline.models import Dtype, load_adapter, load_base
 from pipeline.planting import planted
+from pipeline.prompts import token_count
 from pipeline.records import Example
 from stages.confirm.transplant import TokenTransplant
 from stages.score.groups import gives, plain_answer
@@ -154,7 +155,7 @@ class ConfirmWorker:
         if most < _LEAST_SPREAD:
             return dict.fromkeys(ways)
         usual, found = _usual(taken), dict[str, float | None]()
-        own = [k for k, output in enumerate(self._answers(sources, given, task)) if self._given(output, task)]
+        own = np.flatnonzero(self._given(self._answers(sources, given, task), task)).tolist()
         for way in ways:
             if way == "residual":
                 without, tried = add_residual(given, taken), [k for k in own if len(given[k]) == len(usual)]
@@ -171,10 +172,12 @@ class ConfirmWorker:
 
     def _others(self, outputs: list[str], task: dict[str, Any]) -> list[str]:
         """The outputs that are not the group's answer."""
-        return [output for output in outputs if not self._given(output, task)]
+        return [output for output, given in zip(outputs, self._given(outputs, task), strict=True) if not given]
 
-    def _given(self, output: str, task: dict[str, Any]) -> bool:
-        return given_as_far(output, task["text"], whole=task["whole"], cut=self.transplant.length(task["longest"]) >= _LONGEST)
+    def _given(self, outputs: Sequence[str], task: dict[str, Any]) -> list[bool]:
+        """Which outputs are the group's answer."""
+        cut = self.transplant.length(task["longest"]) >= _LONGEST
+        return [given_as_far(output, task["text"], whole=task["whole"], cut=cut) for output in outputs]
 
     def _try(self, task: dict[str, Any], most: int) -> dict[str, int]:
         """The experiment on the first hosts, at most `most`: their number, and how many give the text in each variant."""
@@ -210,8 +213,9 @@ class ConfirmWorker:
     ) -> dict[str, int]:
         """How many prompts of each variant give the text with these tokens in the place of their own; all are answered together."""
         prompts = [prompt for given, _ in variants.values() for prompt in given]
-        outputs = iter(self._answers(prompts, [tokens for _, planted in variants.values() for tokens in planted], task))
-        return {name: sum(self._given(next(outputs), task) for _ in given) for name, (given, _) in variants.items()}
+        outputs = self._answers(prompts, [tokens for _, planted in variants.values() for tokens in planted], task)
+        hits = iter(self._given(outputs, task))
+        return {name: sum(next(hits) for _ in given) for name, (given, _) in variants.items()}
 
     def _answers(self, prompts: list[Example], tokens: list[torch.Tensor], task: dict[str, Any]) -> list[str]:
         outputs: list[str] = []
@@ -233,7 +237,7 @@ class PictureWorker:
     def __call__(self, table: pa.Table) -> pa.Table:
         tasks = table.to_pylist()
         asked = [example for task in tasks for example in _examples(task["prompts"], [task["images"]] * len(task["prompts"]))]
-        lengths = [len(self.processor.tokenizer(task["longest"], add_special_tokens=False)["input_ids"]) for task in tasks]
+        lengths = [token_count(self.processor, task["longest"]) for task in tasks]
         limit = tokens_to_wait_for(max(lengths), self.max_new_tokens)
         outputs = iter(answer(self.model, self.processor, asked, max_new_tokens=limit))
         results = []
