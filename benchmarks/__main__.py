@@ -25,7 +25,7 @@ def main() -> None:
     for command in (run, report):
         command.add_argument("suite", choices=sorted(SUITES))
         command.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
-        command.add_argument("--docs", type=pathlib.Path, default=None, help="write the tables there too (docs/results)")
+        command.add_argument("--docs", type=pathlib.Path, default=None, help="write tables and records there too (docs/results)")
         command.add_argument("--notes", type=pathlib.Path, default=None, help="Markdown to put after the tables (docs/findings)")
     run.add_argument("--seeds", type=int, default=5, help="number of seeds, from --first-seed on")
     run.add_argument("--first-seed", type=int, default=0)

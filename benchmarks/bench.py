@@ -187,12 +187,12 @@ def read_records(suite: str, out: pathlib.Path) -> pd.DataFrame:
 
 
 def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None = None, notes: pathlib.Path | None = None) -> str:
-    """Write `SUITE.parquet`, `SUITE.md` and the figures; and the latter two to the docs, if named.
+    """Write `SUITE.parquet`, `SUITE.md` and the figures, to the docs too, if named.
 
     Args:
         suite: whose records.
         out: folder of the bench's results.
-        docs: a second folder for tables and figures.
+        docs: a second folder for all of these.
         notes: Markdown that tells what was found; it stands after the tables.
 
     Returns:
@@ -201,12 +201,11 @@ def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None = N
     frame = read_records(suite.name, out)
     if frame.empty:
         return "No records yet."
-    frame.to_parquet(out / f"{suite.name}.parquet")
     told = [suite.report(frame), *([notes.read_text(encoding="utf-8").strip()] if notes else [])]
     commands = "".join(f"    {command}\n" for command in _noted(out / suite.name / _COMMANDS))
     machines = "".join(f"{kind}.\n" for kind in _noted(out / suite.name / _MACHINES) or [machine()])
     text = "\n\n".join([*told, f"## Made by\n\n{commands}\n{machines}"])
-    files = {f"{suite.name}.md": text.encode(), **suite.figures(frame)}
+    files = {f"{suite.name}.md": text.encode(), f"{suite.name}.parquet": frame.to_parquet(), **suite.figures(frame)}
     for folder in (out, docs):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -255,8 +255,7 @@ def test_results_are_written_beside_the_records_and_to_the_docs(counted: Counted
     for folder in ("out", "docs"):
         assert (tmp_path / folder / "counted.md").read_text() == text
         assert (tmp_path / folder / "counted.png").read_bytes() == b"a picture"
-    assert len(pd.read_parquet(tmp_path / "out/counted.parquet")) == 3
-    assert not (tmp_path / "docs/counted.parquet").exists()
+        assert len(pd.read_parquet(tmp_path / folder / "counted.parquet")) == 3
 
 
 def test_a_command_is_told_without_this_machine() -> None:
