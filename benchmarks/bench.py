@@ -8,6 +8,7 @@ there is never made again.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import multiprocessing
@@ -19,6 +20,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import transformers
 from scipy.stats import t
@@ -30,8 +33,11 @@ from pipeline.models import base_identity
 from storage import atomic
 
 Record = dict[str, Any]
-_COMMANDS, _MACHINES = "commands.txt", "machines.txt"
-"""Beside the records: the commands that made them, and the kinds of machine that did, a line each."""
+_COMMANDS, _MACHINES, _SETTING = "commands.txt", "machines.txt", "setting.json"
+"""Beside the records: the commands that made them and the kinds of machine that did, a line each, and what they were told."""
+_NAMED = ("bases", "data")
+_HOW = b"byesight"
+"""In the metadata of a results Parquet: these three."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +192,46 @@ def read_records(suite: str, out: pathlib.Path) -> pd.DataFrame:
     return pd.DataFrame.from_records(records)
 
 
+def take_over(suite: Suite, made: pathlib.Path, out: pathlib.Path) -> int:
+    """Put the records of a results Parquet among those of a folder; a cell that has records there keeps these.
+
+    Args:
+        suite: whose records.
+        made: the Parquet, as `write_results` has written it.
+        out: folder of the bench's results.
+
+    Returns:
+        The number of cells that were taken over.
+
+    Raises:
+        ConfigError: it holds no records of the suite, or they were measured in another setting, or on another base or data of the
+            same name.
+    """
+    try:
+        table = pq.read_table(made)
+        how = json.loads((table.schema.metadata or {})[_HOW])
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise ConfigError(f"{made}: no records of a bench: {error}") from error
+    if suite.key not in table.column_names:
+        raise ConfigError(f"{made}: no records of {suite.name}")
+    folder = (out / suite.name).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    told = how["setting"]
+    _settle(folder / _SETTING, told, {name: told.pop(name, {}) for name in _NAMED})
+    for name in (_COMMANDS, _MACHINES):
+        for line in how[name]:
+            _note(folder / name, line)
+    place = table.column_names[: table.column_names.index(suite.key)]
+    cells: dict[str, list[Record]] = {}
+    for record in table.to_pylist():
+        known = {name: value for name, value in record.items() if value is not None}
+        cells.setdefault(Cell(fields={name: known[name] for name in place}).name, []).append(known)
+    taken = {folder / f"{name}.jsonl": records for name, records in cells.items() if not (folder / f"{name}.jsonl").exists()}
+    for path, records in taken.items():
+        atomic.write_file(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
+    return len(taken)
+
+
 def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None = None, notes: pathlib.Path | None = None) -> str:
     """Write `SUITE.parquet`, `SUITE.md` and the figures, to the docs too, if named.
 
@@ -205,7 +251,7 @@ def write_results(suite: Suite, out: pathlib.Path, docs: pathlib.Path | None = N
     commands = "".join(f"    {command}\n" for command in _noted(out / suite.name / _COMMANDS))
     machines = "".join(f"{kind}.\n" for kind in _noted(out / suite.name / _MACHINES) or [machine()])
     text = "\n\n".join([*told, f"## Made by\n\n{commands}\n{machines}"])
-    files = {f"{suite.name}.md": text.encode(), f"{suite.name}.parquet": frame.to_parquet(), **suite.figures(frame)}
+    files = {f"{suite.name}.md": text.encode(), f"{suite.name}.parquet": _packed(frame, out / suite.name), **suite.figures(frame)}
     for folder in (out, docs):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -259,23 +305,37 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def _packed(frame: pd.DataFrame, folder: pathlib.Path) -> bytes:
+    """The records as Parquet, with how they were made in its metadata."""
+    setting = folder / _SETTING
+    how: dict[str, Any] = {"setting": json.loads(setting.read_bytes()) if setting.exists() else {}}
+    how |= {name: _noted(folder / name) for name in (_COMMANDS, _MACHINES)}
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata({_HOW: json.dumps(how)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
 def _hold_to(setting: Setting, suite: Suite) -> None:
     """Note the setting beside the records, and what the names of base and data stand for; ConfigError where others are noted."""
     told: dict[str, Any] = {"test_rows": setting.test_rows, "epochs": setting.epochs, "quick": setting.quick}
     told |= {"rows": setting.rows} if suite.rows else {}
-    path = (setting.out / suite.name / "setting.json").absolute()
+    path = (setting.out / suite.name / _SETTING).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
+    bases, data = {setting.base.name: base_identity(setting.base)}, {pathlib.Path(setting.data).name: data_identity(setting.data)}
+    _settle(path, told, {"bases": bases, "data": data})
+
+
+def _settle(path: pathlib.Path, told: Mapping[str, Any], stands_for: Mapping[str, Mapping[str, str]]) -> None:
+    """Add to a noted setting what names of bases and data stand for; ConfigError where another setting or other ones are noted."""
     known = json.loads(path.read_bytes()) if path.exists() else {}
-    named = {name: known.pop(name, {}) for name in ("bases", "data")}
+    named = {name: known.pop(name, {}) for name in _NAMED}
     if known and known != told:
         raise ConfigError(f"{path}: the records here were measured with {known}, not with {told}; name another --out")
-    stands_for = {
-        "bases": (setting.base.name, base_identity(setting.base)),
-        "data": (pathlib.Path(setting.data).name, data_identity(setting.data)),
-    }
-    for kind, (name, identity) in stands_for.items():
-        if named[kind].setdefault(name, identity) != identity:
-            raise ConfigError(f"{path}: records here were measured with other {kind} of the name {name}; name another --out")
+    for kind, names in stands_for.items():
+        for name, identity in names.items():
+            if named[kind].setdefault(name, identity) != identity:
+                raise ConfigError(f"{path}: records here were measured with other {kind} of the name {name}; name another --out")
     atomic.write_file(path, json.dumps({**told, **named}).encode())
 
 

@@ -29,6 +29,7 @@ from benchmarks.bench import (
     nothing_asked,
     read_records,
     run_suite,
+    take_over,
     write_results,
 )
 from benchmarks.clean import CLEAN, CLEAN_SUITE
@@ -256,6 +257,48 @@ def test_results_are_written_beside_the_records_and_to_the_docs(counted: Counted
         assert (tmp_path / folder / "counted.md").read_text() == text
         assert (tmp_path / folder / "counted.png").read_bytes() == b"a picture"
         assert len(pd.read_parquet(tmp_path / folder / "counted.parquet")) == 3
+
+
+def test_records_in_the_docs_are_gone_on_from(counted: Counted, tmp_path: pathlib.Path) -> None:
+    """They count as made, and are told with the commands and machines that made them."""
+    first, second, docs = tmp_path / "first", tmp_path / "second", tmp_path / "docs"
+    counted.run(first, seeds=(0, 1), command="a command")
+    write_results(counted.suite, first, docs)
+    counted.run(second, "a", command="another")
+    assert take_over(counted.suite, docs / "counted.parquet", second) == 1
+    counted.run(second, seeds=(0, 1, 2))
+    assert counted.made == ["0b", "0c", "2a", "2b", "2c"]
+    assert read_records("counted", second).sort_values(["seed", "what"])["what"].tolist() == ["a", "b", "c"] * 3
+    assert "    another\n    a command\n" in write_results(counted.suite, second)
+    assert take_over(counted.suite, docs / "counted.parquet", second) == 0
+
+
+def test_what_a_record_lacks_it_lacks_when_it_is_taken_over(counted: Counted, tmp_path: pathlib.Path) -> None:
+    records = [{"seed": 0, "what": "a", "value": None}, {"seed": 0, "what": "b", "value": 0.5, "count": 2}]
+    (tmp_path / "out/counted").mkdir(parents=True)
+    (tmp_path / "out/counted/seed=0.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_results(counted.suite, tmp_path / "out")
+    assert take_over(counted.suite, tmp_path / "out/counted.parquet", tmp_path / "other") == 1
+    lines = (tmp_path / "other/counted/seed=0.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"seed": 0, "what": "a"}, {"seed": 0, "what": "b", "value": 0.5, "count": 2}]
+
+
+def test_records_of_another_kind_are_not_taken_over(counted: Counted, tmp_path: pathlib.Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    counted.run(out)
+    write_results(counted.suite, out)
+    made = out / "counted.parquet"
+    with pytest.raises(ConfigError, match="no records of another"):
+        take_over(dataclasses.replace(counted.suite, name="another", key="filter"), made, other)
+    setting = Setting(out=other, base=base_of(other), data="demo", rows=2, test_rows=1, epochs=1)
+    run_suite(counted.suite, setting, [], workers=1)
+    with pytest.raises(ConfigError, match=r"with .*'rows': 2.*not with .*'rows': 1.*--out"):
+        take_over(counted.suite, made, other)
+    pd.DataFrame({"what": ["a"]}).to_parquet(made)
+    with pytest.raises(ConfigError, match="no records of a bench"):
+        take_over(counted.suite, made, tmp_path / "third")
+    with pytest.raises(ConfigError, match="no records of a bench"):
+        take_over(counted.suite, tmp_path / "nowhere.parquet", tmp_path / "third")
 
 
 def test_a_command_is_told_without_this_machine() -> None:
