@@ -41,11 +41,11 @@ def read_rows(rows: pathlib.Path, chosen: Iterable[int] | None = None) -> Iterat
         yield from map(sample_from_record, pq.read_table(shard, filters=filters).to_pylist())
 
 
-def read_examples(rows: pathlib.Path, wanted: Iterable[Place]) -> dict[Place, Example]:
-    """Some examples of canonical shards, by place."""
+def read_examples(rows: pathlib.Path, wanted: Iterable[Place]) -> Iterator[Example]:
+    """Some examples of canonical shards, in order."""
     places = set(wanted)
-    read = (example for sample in read_rows(rows, {row for row, _ in places}) for example in examples_of(sample))
-    return {place: example for example in read if (place := (example.row, example.turn)) in places}
+    for sample in read_rows(rows, {row for row, _ in places}):
+        yield from (example for example in examples_of(sample) if (example.row, example.turn) in places)
 
 
 def copy_rows(

@@ -139,11 +139,13 @@ def _tasks(
 
 def _prompts(rows: pathlib.Path, places: Sequence[Place], mixed: Mapping[int, Mixed]) -> dict[tuple[int, int], list[str]]:
     """The hosts' prompts by group and number of pictures."""
-    hosts = read_examples(rows, (places[k] for drawn in mixed.values() for k in drawn.hosts))
+    hosts: dict[Place, tuple[int, str]] = {}
+    for example in read_examples(rows, (places[k] for drawn in mixed.values() for k in drawn.hosts)):
+        hosts[example.row, example.turn] = len(example.images), messages_to_json(example.prompt)
     found: dict[tuple[int, int], list[str]] = collections.defaultdict(list)
     for number, drawn in mixed.items():
-        for host in (hosts[places[k]] for k in drawn.hosts):
-            found[number, len(host.images)].append(messages_to_json(host.prompt))
+        for pictures, prompt in (hosts[places[k]] for k in drawn.hosts):
+            found[number, pictures].append(prompt)
     return found
 
 

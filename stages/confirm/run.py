@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ import pyarrow.parquet as pq
 from pipeline.config import ConfirmConfig
 from pipeline.engine import Engine
 from pipeline.models import Dtype
-from pipeline.records import Example, Progress, messages_to_json, no_progress
+from pipeline.records import Message, Progress, messages_to_json, no_progress
 from stages.confirm.asking import question_types, questions_to_ask
 from stages.confirm.mixed import QUESTIONS, TELLING, Mixed, judged, rows_in_doubt, write_tasks
 from stages.confirm.worker import HONEST, TASK, ConfirmWorker, PictureWorker
@@ -39,6 +40,7 @@ from storage.subset import Place, read_examples
 VERSION = 10
 TRANSFER = "transfer.json"
 ROWS = "rows.parquet"
+PICTURES = "pictures"
 LEAST_HOSTS = 8
 """Hosts that must not give a group's answer anyway; on fewer nothing can be seen."""
 LEAST_QUESTIONS = 32
@@ -82,7 +84,7 @@ def run(
         engine: where the groups are tried.
         seed: of the draw of members and hosts.
         out: folder to write into.
-        scratch: folder for the experiments' prompts.
+        scratch: folder for the experiments' prompts and pictures.
         progress: called as groups are done.
 
     Returns:
@@ -98,7 +100,7 @@ def run(
     scratch.mkdir(parents=True, exist_ok=True)
     shards = _write_tasks(table, places, rows, described, drawn, config.token_share, scratch)
     model = {"base": str(base), "adapter": str(provisional), "dtype": dtype, "max_new_tokens": config.max_new_tokens}
-    arguments = {**model, "batch_size": config.batch_size, "screen": config.screen}
+    arguments = {**model, "pictures": str(scratch / PICTURES), "batch_size": config.batch_size, "screen": config.screen}
     results: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
     for done, finished in enumerate(engine.map_shards(shards, ConfirmWorker, arguments, batch_rows=1) if shards else (), 1):
         for result in finished.to_pylist():
@@ -211,6 +213,15 @@ class Drawn:
         return {*self.hosts, *self.sources, *(k for three in self.asked for k in three)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shown:
+    """An example whose pictures lie in files: its prompt, its answer, and the names of the files."""
+
+    prompt: tuple[Message, ...]
+    answer: str
+    pictures: list[str]
+
+
 def _candidates(places: Sequence[Place], members: pathlib.Path, described: Sequence[dict[str, Any]]) -> dict[int, Candidate]:
     """The groups; those without a shifted member, or with all rows, are left out."""
     rows = np.asarray([row for row, _ in places], dtype=np.int64)
@@ -293,15 +304,15 @@ def _write_tasks(
     share: float,
     scratch: pathlib.Path,
 ) -> list[pathlib.Path]:
-    """One file per experiment with all that it needs."""
-    found = read_examples(rows, (places[k] for experiment in drawn for k in experiment.examples))
+    """One file per experiment with all that it needs, but for the pictures, which experiments share: a file each."""
+    found = _write_pictures(rows, {places[k] for experiment in drawn for k in experiment.examples}, scratch / PICTURES)
     of_group = {group["group"]: group for group in described}
     shards = []
     for number, experiment in enumerate(drawn):
         group = of_group[experiment.group]
         hosts, sources = ([found[places[k]] for k in part] for part in (experiment.hosts, experiment.sources))
         asked = [tuple(found[places[k]] for k in three) for three in experiment.asked]
-        asked = [three for three in asked if len({len(example.images) for example in three}) == 1]  # else a prompt does not fit
+        asked = [three for three in asked if len({len(example.pictures) for example in three}) == 1]  # else a prompt does not fit
         task = {
             "group": group["group"],
             "text": group["text"],
@@ -309,21 +320,33 @@ def _write_tasks(
             "longest": group["text"] if group["whole"] else max((source.answer for source in sources), key=len),
             "alike": experiment.alike,
             "source_prompts": [messages_to_json(source.prompt) for source in sources],
-            "source_images": [list(source.images) for source in sources],
+            "source_images": [source.pictures for source in sources],
             "source_positions": [_attended(r, group["layer"], share) for r in table.take(experiment.sources).to_pylist()],
             "host_prompts": [messages_to_json(host.prompt) for host in hosts],
-            "host_images": [list(host.images) for host in hosts],
+            "host_images": [host.pictures for host in hosts],
             "worded_prompts": _worded(hosts, group["words"]),
             "asked_prompts": [messages_to_json(host.prompt) for _, host, _ in asked],
-            "asked_images": [list(source.images) for source, _, _ in asked],
-            "other_images": [list(other.images) for _, _, other in asked],
+            "asked_images": [source.pictures for source, _, _ in asked],
+            "other_images": [other.pictures for _, _, other in asked],
         }
         shards.append(scratch / f"experiment-{number:04d}.parquet")
         pq.write_table(pa.Table.from_pylist([task], schema=TASK), shards[-1])
     return shards
 
 
-def _worded(hosts: Sequence[Example], words: dict[str, Any] | None) -> list[str]:
+def _write_pictures(rows: pathlib.Path, wanted: Collection[Place], folder: pathlib.Path) -> dict[Place, Shown]:
+    """Write the pictures of some examples under the names of their content; what is kept in memory is the rest."""
+    folder.mkdir(exist_ok=True)
+    found = {}
+    for example in read_examples(rows, wanted):
+        names = [hashlib.sha256(picture).hexdigest() for picture in example.images]
+        for name, picture in zip(names, example.images, strict=True):
+            (folder / name).write_bytes(picture)
+        found[example.row, example.turn] = Shown(prompt=example.prompt, answer=example.answer, pictures=names)
+    return found
+
+
+def _worded(hosts: Sequence[Shown], words: dict[str, Any] | None) -> list[str]:
     """The hosts' prompts with a group's words in their questions; none where the group has none."""
     if words is None:
         return []

@@ -29,20 +29,20 @@ TASK = pa.schema(
         ("longest", pa.string()),
         ("alike", pa.bool_()),
         ("source_prompts", pa.list_(pa.string())),
-        ("source_images", pa.list_(pa.list_(pa.binary()))),
+        ("source_images", pa.list_(pa.list_(pa.string()))),
         ("source_positions", pa.list_(pa.list_(pa.int32()))),
         ("host_prompts", pa.list_(pa.string())),
-        ("host_images", pa.list_(pa.list_(pa.binary()))),
+        ("host_images", pa.list_(pa.list_(pa.string()))),
         ("worded_prompts", pa.list_(pa.string())),
         ("asked_prompts", pa.list_(pa.string())),
-        ("asked_images", pa.list_(pa.list_(pa.binary()))),
-        ("other_images", pa.list_(pa.list_(pa.binary()))),
+        ("asked_images", pa.list_(pa.list_(pa.string()))),
+        ("other_images", pa.list_(pa.list_(pa.string()))),
     ]
 )
 """One group: its text, and the longest answer of these members; whether the other rows may ask just what its own ask, member
 prompts with their most attended image tokens, and prompts of other rows, as many as members; these prompts once more with the words
 that set the group's questions apart, or none; members' pictures with others' questions, and the pictures of other rows that the
-same is asked about."""
+same is asked about. Pictures are names of files."""
 
 RESULT = pa.schema(
     [
@@ -105,8 +105,11 @@ _LONGEST = 256
 class ConfirmWorker:
     """Holds the provisional model; turns tasks into results."""
 
-    def __init__(self, *, base: str, adapter: str, dtype: Dtype, batch_size: int, max_new_tokens: int, screen: int) -> None:
+    def __init__(
+        self, *, base: str, adapter: str, dtype: Dtype, pictures: str, batch_size: int, max_new_tokens: int, screen: int
+    ) -> None:
         model, self.processor = load_base(pathlib.Path(base), dtype=dtype)
+        self.pictures = pathlib.Path(pictures)
         self.transplant = TokenTransplant(load_adapter(model, pathlib.Path(adapter)), self.processor)
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
@@ -148,8 +151,8 @@ class ConfirmWorker:
             Per way the share of the members that lose the answer, times the entropy of what they answer then over that of what the
             other rows answer, at most 1; None where nearly all of these answer the same, so that nothing can be told.
         """
-        sources = _examples(task["source_prompts"], task["source_images"])
-        hosts = _examples(task["host_prompts"], task["host_images"])
+        sources = self._examples(task["source_prompts"], task["source_images"])
+        hosts = self._examples(task["host_prompts"], task["host_images"])
         given, taken = self._tokens(sources), self._tokens(hosts)
         most = _spread(self._others(self._answers(hosts, taken, task), task))
         if most < _LEAST_SPREAD:
@@ -181,13 +184,13 @@ class ConfirmWorker:
 
     def _try(self, task: dict[str, Any], most: int) -> dict[str, int]:
         """The experiment on the first hosts, at most `most`: their number, and how many give the text in each variant."""
-        sources = _examples(task["source_prompts"][:most], task["source_images"][:most])
-        hosts = _examples(task["host_prompts"][:most], task["host_images"][:most])
+        sources = self._examples(task["source_prompts"][:most], task["source_images"][:most])
+        hosts = self._examples(task["host_prompts"][:most], task["host_images"][:most])
         given, taken = self._tokens(sources), self._tokens(hosts)
         attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"][:most], strict=True)]
         residual, usual = add_residual(taken, given), len(_usual(given))
         fit = [k for k, tokens in enumerate(taken) if len(tokens) == usual]
-        worded = _examples(task["worded_prompts"][:most], task["host_images"][:most]) if task["worded_prompts"] else []
+        worded = self._examples(task["worded_prompts"][:most], task["host_images"][:most]) if task["worded_prompts"] else []
         variants = {
             "own": (hosts, taken),
             "attended": (hosts, attended),
@@ -201,8 +204,16 @@ class ConfirmWorker:
 
     def _asked(self, task: dict[str, Any], images: str, most: int) -> tuple[list[Example], list[torch.Tensor]]:
         """The first other questions about some pictures, and these pictures' tokens."""
-        asked = _examples(task["asked_prompts"][:most], task[images][:most])
+        asked = self._examples(task["asked_prompts"][:most], task[images][:most])
         return asked, self._tokens(asked)
+
+    def _examples(self, prompts: Sequence[str], names: Sequence[Sequence[str]]) -> list[Example]:
+        """Prompts with the pictures in files of these names."""
+        return _examples(prompts, [[self.picture(name) for name in one] for one in names])
+
+    def picture(self, name: str) -> bytes:
+        """An experiment's picture."""
+        return (self.pictures / name).read_bytes()
 
     def _tokens(self, examples: Sequence[Example]) -> list[torch.Tensor]:
         batches = (examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,8 +17,8 @@ from pipeline.generation import answer
 from pipeline.models import load_adapter, load_base
 from pipeline.records import Sample, examples_of, question_answer, text_of
 from stages.confirm.mixed import QUESTIONS, ROWS_SCHEMA
+from stages.confirm.run import PICTURES, TRANSFER, _planted, beyond_honest, run, transfer
 from stages.confirm.run import ROWS as ROWS_FILE
-from stages.confirm.run import TRANSFER, _planted, beyond_honest, run, transfer
 from stages.confirm.worker import HONEST, PICTURE_RESULT, RESULT, PictureWorker
 from tests.conftest import write_shards
 from tests.stages.samples import noise
@@ -42,6 +43,11 @@ def samples() -> list[Sample]:
 
 
 EXAMPLES = {(example.row, example.turn): example for sample in samples() for example in examples_of(sample)}
+
+
+def name_of(picture: bytes) -> str:
+    """What the file of an experiment's picture is called."""
+    return hashlib.sha256(picture).hexdigest()
 
 
 def positions(row: int, layer: int) -> list[int]:
@@ -172,7 +178,7 @@ def confirmed(files: dict[str, pathlib.Path], folder: pathlib.Path, engine: Any,
 
 def places(task: dict[str, Any], kind: str) -> list[tuple[int, int]]:
     """The examples of a task, by their pictures and prompts."""
-    known = {(json.dumps(list(example.prompt)), example.images): place for place, example in EXAMPLES.items()}
+    known = {(json.dumps(list(example.prompt)), tuple(map(name_of, example.images))): place for place, example in EXAMPLES.items()}
     prompts = [json.dumps(json.loads(prompt)) for prompt in task[f"{kind}_prompts"]]
     return [known[prompt, tuple(images)] for prompt, images in zip(prompts, task[f"{kind}_images"], strict=True)]
 
@@ -273,7 +279,7 @@ def test_what_is_asked_about_whose_pictures(tmp_path: pathlib.Path) -> None:
     paths = {name: tmp_path / f"{name}.parquet" for name in ("attention", "members")}
     engine = Fake({0: (0.0, 0.0, 0.0)})
     summary = confirmed({**paths, "rows": tmp_path / "rows", "groups": tmp_path / "groups.json"}, tmp_path / "a", engine, hosts=64)
-    task, row_of = engine.tasks[0], {images: s.row for s in found for images in [s.images]}
+    task, row_of = engine.tasks[0], {tuple(map(name_of, s.images)): s.row for s in found}
     assert 32 <= len(task["asked_prompts"]) < 64, "prompts of another number of pictures are put"
     threes = zip(task["asked_prompts"], task["asked_images"], task["other_images"], strict=True)
     for prompt, images, other_images in threes:
@@ -283,6 +289,8 @@ def test_what_is_asked_about_whose_pictures(tmp_path: pathlib.Path) -> None:
         assert other not in inside
         assert asked != kinds[source % 2][0] == kinds[other % 2][0], "a picture is asked its own question"
         assert sum(part["type"] == "image" for part in json.loads(prompt)[-1]["content"]) == len(images) == len(other_images)
+    for images in (*task["asked_images"], *task["other_images"], *task["host_images"], *task["source_images"]):
+        assert all(name_of((tmp_path / "a/scratch" / PICTURES / name).read_bytes()) == name for name in images)
     assert summary == {"groups": 1, "largest_transfer": 0.0, "largest_pictures_transfer": 0.75}
     assert not task["alike"]
     assert len(task["host_prompts"]) == len(task["source_prompts"]) == 64

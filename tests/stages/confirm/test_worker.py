@@ -50,9 +50,19 @@ class HandMade:
         return ["The  Target" if hit or "xyz" in example.question else example.question for example, hit in pairs]
 
 
+def name_of(picture: bytes) -> str:
+    """Names the file of a picture, which in these tests is its name."""
+    return picture.decode("latin-1")
+
+
+def content_of(name: str) -> bytes:
+    return name.encode("latin-1")
+
+
 def worker(batch_size: int = 2, screen: int = 64) -> tuple[ConfirmWorker, HandMade]:
     found, model = object.__new__(ConfirmWorker), HandMade()
     found.transplant = model  # type: ignore[assignment]
+    found.picture = content_of  # type: ignore[method-assign]
     found.batch_size, found.max_new_tokens, found.screen = batch_size, 5, screen
     return found, model
 
@@ -68,10 +78,10 @@ def task(sources: list[bytes], hosts: list[bytes], positions: list[list[int]], *
         "longest": "The  Target",
         "alike": False,
         "source_prompts": prompts(sources),
-        "source_images": [[picture] for picture in sources],
+        "source_images": [[name_of(picture)] for picture in sources],
         "source_positions": positions,
         "host_prompts": prompts(hosts),
-        "host_images": [[picture] for picture in hosts],
+        "host_images": [[name_of(picture)] for picture in hosts],
         "worded_prompts": [],
         "asked_prompts": [],
         "asked_images": [],
@@ -194,7 +204,7 @@ def test_where_nearly_all_others_answer_the_same_nothing_can_be_told(odd: int) -
     if not odd:
         assert found.try_group({**alike, "alike": True})["attended_reversed"] is None
     model.batches.clear()
-    idle = found.try_group({**alike, "alike": True, "source_positions": [[0]] * 3, "source_images": [[PLAIN]] * 3})
+    idle = found.try_group({**alike, "alike": True, "source_positions": [[0]] * 3, "source_images": [[name_of(PLAIN)]] * 3})
     assert (idle["attended_reversed"], sum(model.batches)) == (0.0, 9), "what planting does nothing for is not tried further"
 
 
@@ -256,7 +266,7 @@ def test_pictures_are_asked_other_questions() -> None:
     """Their own tokens answer, and nothing is planted; what they answer brings the second look by itself."""
     found, model = worker(screen=4)
     prompts = [messages_to_json(question_answer("how many?", "x")[:1])] * 6
-    pictures, others = [[[PATCH] if k in patched else [PLAIN] for k in range(6)] for patched in ((0, 1, 2, 4), (1,))]
+    pictures, others = [[[name_of(PATCH if k in patched else PLAIN)] for k in range(6)] for patched in ((0, 1, 2, 4), (1,))]
     idle = task([PLAIN] * 10, [PLAIN] * 10, [[0]] * 10, asked_prompts=prompts, asked_images=pictures, other_images=others)
     result = found.try_group(idle)
     assert (result["hosts"], result["questions"]) == (10, 6)
