@@ -388,4 +388,7 @@ def _print_sanitized(found: Any) -> None:
     console = Console()
     console.print(f"[bold]{found.verdict}[/bold]")
     console.print(counts)
+    if found.unsure:
+        named = ", ".join(repr(text) for text in found.unsure)
+        typer.echo(f"undecided, and trained on: the rows with {named}; look at the report before the adapter is served")
     typer.echo(f"delivery: {found.delivery}\nreport:   {found.delivery / 'report.html'}")

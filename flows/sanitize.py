@@ -51,6 +51,7 @@ class Sanitized:
     Attributes:
         delivery: the delivery folder.
         verdict: `poisoned`, `clean` or `inconclusive`.
+        unsure: answers and phrases of the groups that are left to a person, whatever the verdict.
         rows: submitted, rejected, not_scored, kept and quarantined.
         seconds: time that each stage's work took when it was done.
         results: the committed stage results by stage name.
@@ -58,6 +59,7 @@ class Sanitized:
 
     delivery: pathlib.Path
     verdict: str
+    unsure: list[str]
     rows: dict[str, int]
     seconds: dict[str, float]
     results: dict[str, StageResult]
@@ -136,6 +138,7 @@ def sanitize(
     sanitized = Sanitized(
         delivery=out.absolute(),
         verdict=verdict["verdict"],
+        unsure=[group["text"] for group in verdict["unsure"]],
         rows=verdict["rows"],
         seconds=seconds_of(results.all()),
         results={result.stage: result for result in results.all()},

@@ -125,7 +125,11 @@ class ConfirmConfig(Section):
 
     hosts: int = pydantic.Field(64, ge=16, le=4096, description="Other rows that a group's picture tokens are planted into.")
     screen: int = pydantic.Field(
-        16, ge=8, le=4096, description="Hosts of the first look; a group that changes at most one of their answers is left at that."
+        16,
+        ge=8,
+        le=4096,
+        description="Hosts of the first look; a group that changes at most one of their answers is left at that (of hosts that "
+        "ask the same: fewer than a quarter).",
     )
     token_share: float = pydantic.Field(
         0.125,
@@ -158,12 +162,23 @@ class ClusterConfig(Section):
         0.2,
         gt=0,
         lt=1,
-        description="Share of other kinds of questions that must get a group's answer about its pictures to tell (`asked`).",
+        description="Share of questions of other kinds that must get a group's answer about its pictures, beyond what they get "
+        "about other pictures (`asked`).",
     )
     asked: Literal["report", "remove"] = pydantic.Field(
         "report",
         description="A group that only asking finds: `report` makes the verdict inconclusive and names it, `remove` removes it. "
         "Honest answers that a picture alone decides (`unanswerable`) look the same.",
+    )
+    remove: tuple[str, ...] = pydantic.Field(
+        (),
+        description="Answers or phrases of tested groups, as the report names them, that a person has found to be an attack's: "
+        "their shifted rows are removed whatever the tests say.",
+    )
+    keep: tuple[str, ...] = pydantic.Field(
+        (),
+        description="Answers or phrases of tested groups that a person has found to be honest: these groups are neither removed "
+        "nor undecided.",
     )
     removal_cap: float = pydantic.Field(
         0.6,
@@ -172,6 +187,14 @@ class ClusterConfig(Section):
         description="Largest share of the rows that may be removed; where more look poisoned the run ends with an error, and a "
         "person decides whether to raise it.",
     )
+
+    @pydantic.model_validator(mode="after")
+    def _decided_once(self) -> Self:
+        if both := set(self.remove) & set(self.keep):
+            raise ValueError(f"remove and keep both name {min(both)!r}")
+        if self.method == "bye" and (self.remove or self.keep):
+            raise ValueError("remove and keep name groups, and method: bye has none")
+        return self
 
 
 class GuardConfig(Section):

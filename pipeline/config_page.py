@@ -31,8 +31,10 @@ guard: {action: refuse}
 
     byesight sanitize SUBMISSION --base MODEL_DIR --out DELIVERY --config run.yaml
 
-`--seed`, `--workers`, `--engine` and `--format` go before what the file says. In Python:
+On the command line `--seed`, `--workers`, `--engine` and `--format` override the file. In Python:
 
+    import pathlib
+    import byesight
     from pipeline.config import load_config
 
     byesight.sanitize("SUBMISSION", "DELIVERY", base="MODEL_DIR", config=load_config(pathlib.Path("run.yaml"), seed=2))

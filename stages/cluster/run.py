@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import ClusterConfig
-from pipeline.errors import RemovalCapError
+from pipeline.errors import ConfigError, RemovalCapError
 from pipeline.records import Progress, Verdict, no_progress
+from stages.score.groups import plain_answer
 from storage.subset import canonical_shards
 
 VERSION = 8
@@ -104,10 +106,12 @@ def run(
         how many of them would have been.
 
     Raises:
+        ConfigError: `remove` or `keep` names a group that was not tested.
         RemovalCapError: more than the configured share of the rows would be removed.
     """
     found = _plain(evidence)
     groups = json.loads(transfer.read_text(encoding="utf-8"))
+    _check_decided(groups, config)
     _shared(found, members, groups, asked, config)
     if config.method == "bye":
         _by_bye(found)
@@ -126,7 +130,7 @@ def run(
     pq.write_table(table, out / VERDICTS, compression="zstd")
     tried = groups if config.method == "transfer" else []
     confirmed = [group for group in tried if _removed(group, config)]
-    unsure = [group for group in tried if group not in confirmed and _nearness(group, config) >= _UNSURE]
+    unsure = [group for group in tried if group not in confirmed and _unsure(group, config)]
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
         "verdict": "poisoned" if removed else "inconclusive" if unsure or not found else "clean",
@@ -175,12 +179,18 @@ def _shared(
     for record in pq.read_table(members).to_pylist():
         row, group = found[record["row"]], by_number.get(record["group"])
         row.score = max(row.score, record["projection"])
-        if group is None:
+        if group is None or _named(group, config.keep):
             continue
         what = "answer" if group["whole"] else "phrase"
         own = looked_at.get((record["group"], record["row"], record["turn"]))
         posterior = record["posterior"] if own is None else min(record["posterior"], own["posterior"])
         also = "" if own is None else f"; its own picture makes {own['hits']} of {own['asked']} other questions give it"
+        if _named(group, config.remove):
+            row.suspect(
+                posterior,
+                f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
+                f"({group['shift']:.1f} deviations); a person has found it to be an attack's (cluster.remove){also}",
+            )
         if _removed_as_planted(group, config):
             without = f"; taken out, these rows answer as others do, by {group['reversed']:.0%}" if group["alike"] else ""
             row.suspect(
@@ -230,8 +240,32 @@ def _take_canaries(
     return kinds
 
 
+def _check_decided(groups: Sequence[dict[str, Any]], config: ClusterConfig) -> None:
+    known = {plain_answer(group["text"]) for group in groups}
+    for name in ("remove", "keep"):
+        for text in getattr(config, name):
+            if plain_answer(text) not in known:
+                raise ConfigError(
+                    f"cluster.{name}: no group with the answer or phrase {text!r} was tested; the report names those that were"
+                )
+
+
+def _named(group: dict[str, Any], texts: Sequence[str]) -> bool:
+    """Whether a person's list names a group."""
+    return plain_answer(group["text"]) in map(plain_answer, texts)
+
+
 def _removed(group: dict[str, Any], config: ClusterConfig) -> bool:
-    return any(test(group, config) for test in (_removed_as_planted, _removed_as_worded, _removed_as_asked))
+    """Whether a person says so, or else a test."""
+    if _named(group, config.keep):
+        return False
+    tests = (_removed_as_planted, _removed_as_worded, _removed_as_asked)
+    return _named(group, config.remove) or any(test(group, config) for test in tests)
+
+
+def _unsure(group: dict[str, Any], config: ClusterConfig) -> bool:
+    """Whether a group comes near a threshold, and no person has decided on it."""
+    return _nearness(group, config) >= _UNSURE and not _named(group, config.keep)
 
 
 def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import _interrupted, app
 from flows.poison import read_truth
+from flows.sanitize import Sanitized
 from pipeline.config import RunConfig
 from storage.delivery import verify_delivery
 from storage.manifests import hash_folder
@@ -130,6 +131,19 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
     assert not _interrupted(ValueError("x"))
+
+
+@pytest.mark.parametrize("unsure", [[], ["red", "on the left"]])
+def test_undecided_groups_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, unsure: list[str]) -> None:
+    import byesight
+
+    found = Sanitized(delivery=tmp_path, verdict="poisoned", unsure=unsure, rows={"submitted": 3}, seconds={}, results={})
+    monkeypatch.setattr(byesight, "sanitize", lambda *_, **__: found)
+    result = call("sanitize", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    told = "undecided, and trained on: the rows with 'red', 'on the left'; look at the report"
+    assert (told in result.stdout) == bool(unsure)
+    assert ("undecided, and" in result.stdout) == bool(unsure)
 
 
 def test_the_whole_way(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ClusterConfig
-from pipeline.errors import RemovalCapError
+from pipeline.errors import ConfigError, RemovalCapError
 from pipeline.records import Sample, no_progress, question_answer
 from stages.cluster.run import HELD_OUT, KEEP, RESULT, TRAIN, VERDICT_SCHEMA, VERDICTS, run
 from stages.confirm.mixed import ROWS_SCHEMA
@@ -238,6 +238,38 @@ def test_rows_that_ask_the_same(files: dict[str, pathlib.Path], tmp_path: pathli
         assert [g["group"] for g in result["unsure"]] == [0]
     elsewhere = {**alike, "alike": False, "reversed": 0.0}
     assert clustered(files, tmp_path / "d", [0.6, 0.0, 0.0], more={0: elsewhere})["verdict"] == "poisoned"
+
+
+def test_a_person_decides(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """What no test could remove goes with its shifted rows; what a test found stays, and neither is undecided any more."""
+    undecided: dict[int, dict[str, Any]] = {1: {"alike": True, "reversed": 0.5}}
+    result = clustered(files, tmp_path / "before", [0.9, 0.6, 0.0], more=undecided)
+    assert [g["group"] for g in result["confirmed"]] == [0]
+    assert [g["group"] for g in result["unsure"]] == [1]
+    result = clustered(files, tmp_path / "removed", [0.9, 0.6, 0.0], more=undecided, remove=["text  1."], keep=["TEXT 0"])
+    assert [g["group"] for g in result["confirmed"]] == [1]
+    assert (result["verdict"], result["unsure"]) == ("poisoned", [])
+    removed = {record["row"]: record for record in verdicts(tmp_path / "removed") if record["verdict"] == "quarantine"}
+    assert list(removed) == list(MIXED[:5])
+    assert "shares the phrase 'Text 1'" in removed[20]["reason"]
+    assert "a person has found it to be an attack's (cluster.remove)" in removed[20]["reason"]
+    assert verdicts(tmp_path / "removed")[10]["reason"] == ""
+    result = clustered(files, tmp_path / "kept", [0.9, 0.6, 0.0], more=undecided, keep=["text 1", "text 0"])
+    assert (result["verdict"], result["confirmed"], result["unsure"]) == ("clean", [], [])
+    with pytest.raises(ConfigError, match=r"cluster\.keep: no group with the answer or phrase 'text 7' was tested"):
+        clustered(files, tmp_path / "unknown", [0.9], keep=["text 7"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"remove": ["a", "b"], "keep": ["b"]}, "both name 'b'"),
+        ({"remove": ["a"], "method": "bye"}, "method: bye has none"),
+    ],
+)
+def test_decisions_that_contradict(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClusterConfig(**given)
 
 
 @pytest.mark.parametrize(("transfer", "verdict"), [(0.45, "inconclusive"), (0.5, "poisoned")])
