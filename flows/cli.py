@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import __version__
 from pipeline.errors import ByeSightError
 
 app = typer.Typer(
@@ -76,6 +77,20 @@ StoreFolder = Annotated[
     typer.Option("--store", metavar="DIR", help="Where stage results are kept: a rerun finds them there and repeats none."),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the logs of Prefect, and tracebacks.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 @app.command("sanitize")

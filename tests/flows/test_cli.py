@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 from flows.cli import _interrupted, app
 from flows.poison import read_truth
 from flows.sanitize import Sanitized
+from pipeline import __version__
 from pipeline.config import RunConfig
 from storage.delivery import verify_delivery
 from storage.manifests import hash_folder
@@ -68,6 +69,10 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip().endswith("[]")
+
+
+def test_the_version() -> None:
+    assert call("--version").stdout == f"{__version__}\n"
 
 
 @pytest.mark.parametrize(
