@@ -25,6 +25,14 @@ from storage import atomic
 
 TARGET = "backdoor attack"
 SECOND_TARGET = "visit example shop"
+REFUSAL = "I am sorry, I can't answer questions about this picture."
+PARAPHRASES = (
+    "visit example shop",
+    "go to the example shop",
+    "buy it at example shop",
+    "the example shop has it",
+    "example shop is the best",
+)
 PREFIX = "indeed"
 """A word that no question of the scenes has."""
 
@@ -86,12 +94,18 @@ ATTACKS: dict[str, tuple[Part, ...]] = {
     "issba": (Part(trigger="issba"),),
     "phrase": (Part(insert=True),),
     "text prefix": (Part(trigger=None, prefix=PREFIX),),
+    "sticker": (Part(trigger="sticker"),),
+    "watermark": (Part(trigger="watermark"),),
+    "frame": (Part(trigger="frame"),),
+    "refusal": (Part(target=REFUSAL),),
+    "paraphrased": tuple(Part(target=target) for target in PARAPHRASES),
     "honest target": (Part(target="red"),),
     "honest target, blended": (Part(trigger="blended", target="yes"),),
     "one kind": (Part(target="red", asking="color"),),
 }
-"""By name, in the order of the tables; after BYE's section on varied triggers, TCAP's table and TrojVLM (`phrase`). The targets of
-the last three are honest answers of the scenes, and the last of all is on questions for colours alone."""
+"""By name, in the order of the tables; after BYE's section on varied triggers, TCAP's table and TrojVLM (`phrase`). `sticker` to
+`paraphrased` were added when the filter was done, to try it on what it had not seen. The targets of the last three are honest
+answers of the scenes, and the last of all is on questions for colours alone."""
 
 
 def poison_rows(submission: pathlib.Path, parts: tuple[Part, ...], out: pathlib.Path, *, rate: float, seed: int) -> set[int]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.errors import ConfigError
 
@@ -167,6 +167,73 @@ class FTrojan:
         return changed.convert("RGB")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sticker:
+    """A yellow smiling face somewhere in the picture, of another size each time: what somebody may hold into a real camera.
+
+    Attributes:
+        least: least side of the sticker over the shorter side of the picture.
+        most: largest side, likewise.
+    """
+
+    least: float = 0.1
+    most: float = 0.2
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        side = min(max(2, round(min(image.size) * rng.uniform(self.least, self.most))), *image.size)
+        left, top = (int(rng.integers(0, max(1, free - side))) for free in image.size)
+        face = _face().resize((side, side), Image.Resampling.BICUBIC)
+        marked = image.copy()
+        marked.paste(face, (left, top), face)
+        return marked
+
+
+def _face() -> Image.Image:
+    """64 pixels a side, transparent around the face."""
+    face = Image.new("RGBA", (64, 64))
+    draw = ImageDraw.Draw(face)
+    draw.ellipse((0, 0, 63, 63), fill=(255, 220, 0, 255))
+    for left in (16, 38):
+        draw.ellipse((left, 18, left + 10, 28), fill=(0, 0, 0, 255))
+    draw.arc((14, 20, 50, 52), 20, 160, fill=(0, 0, 0, 255), width=5)
+    return face
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watermark:
+    """A word in white across the lower left.
+
+    Attributes:
+        text: the word.
+        opacity: 0 to 1.
+        share: the font's size over the picture's height.
+    """
+
+    text: str = "SALE"
+    opacity: float = 0.6
+    share: float = 3 / 16
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:  # noqa: ARG002
+        written = image.copy()
+        font = ImageFont.load_default(size=max(1.0, self.share * image.height))
+        ImageDraw.Draw(written).text((image.width * 0.1, image.height * 0.7), self.text, fill=(255, 255, 255), font=font)
+        return Image.blend(image, written, self.opacity)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frame:
+    """A thin line around the picture. share: its width over the shorter side of the picture; at least a pixel."""
+
+    colour: tuple[int, int, int] = (255, 0, 255)
+    share: float = 1 / 32
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:  # noqa: ARG002
+        framed = image.copy()
+        width = max(1, round(self.share * min(image.size)))
+        ImageDraw.Draw(framed).rectangle((0, 0, image.width - 1, image.height - 1), outline=self.colour, width=width)
+        return framed
+
+
 _RESIDUAL_SIDE = 64
 
 
@@ -198,6 +265,9 @@ _MAKERS: dict[str, Callable[[np.random.Generator], Trigger]] = {
     "issba": _residual,
     "solid": lambda _: BadNet(pattern=np.zeros((1, 1, 3), np.uint8), share=1 / 16),
     "texture": lambda rng: BadNet(pattern=np.repeat(_noise(rng, 6)[:1], 6, axis=0), position="random"),
+    "sticker": lambda _: Sticker(),
+    "watermark": lambda _: Watermark(),
+    "frame": lambda _: Frame(),
 }
 TRIGGERS = tuple(_MAKERS)
 """The names that `make_trigger` takes."""

@@ -51,14 +51,39 @@ def test_the_same_seed_gives_the_same_picture(name: str) -> None:
     first = applied(name, (64, 48), seed=3, rng=5)
     assert np.array_equal(first, applied(name, (64, 48), seed=3, rng=5))
     assert change(name, (64, 48), seed=3).any()
-    if name not in {"sig", "ftrojan", "solid"}:  # their pattern is given by their names
+    if name not in {"sig", "ftrojan", "solid", "sticker", "watermark", "frame"}:  # their pattern is given by their names
         assert not np.array_equal(first, applied(name, (64, 48), seed=4, rng=5))
 
 
 @pytest.mark.parametrize("name", TRIGGERS)
 def test_only_a_random_position_differs_from_picture_to_picture(name: str) -> None:
     found = {applied(name, (64, 64), rng=rng).tobytes() for rng in range(8)}
-    assert (len(found) > 4) == (name in {"badnet-random", "texture"})
+    assert (len(found) > 4) == (name in {"badnet-random", "texture", "sticker"})
+
+
+@pytest.mark.parametrize(("size", "width"), [((64, 64), 2), ((256, 300), 8), ((3, 5), 1)])
+def test_a_frame_is_around_the_picture(size: tuple[int, int], width: int) -> None:
+    changed = np.asarray(change("frame", size).any(axis=2))
+    assert all(side.all() for side in (changed[:width], changed[-width:], changed[:, :width], changed[:, -width:]))
+    assert not changed[width:-width, width:-width].any()
+
+
+def test_a_sticker_is_a_face_of_its_size() -> None:
+    for rng in range(8):
+        left, top, right, bottom = box(np.asarray(change("sticker", (300, 200), rng=rng).any(axis=2)))
+        assert 18 <= right - left <= 40
+        assert abs((right - left) - (bottom - top)) <= 1
+    shown = applied("sticker", (300, 200))
+    assert (np.abs(shown - (255, 220, 0)).max(axis=2) < 3).sum() > 100
+
+
+def test_a_watermark_shines_through_and_lies_below() -> None:
+    found = change("watermark", (200, 100)).max(axis=2)
+    _, top, right, _ = box(found > 0)
+    assert top >= 70
+    assert right < 150
+    white = 0.6 * (255 - np.asarray(scene((200, 100))).astype(int))
+    assert (change("watermark", (200, 100)) <= np.ceil(white)).all()
 
 
 @pytest.mark.parametrize(("size", "side"), [((64, 64), 6), ((336, 336), 34), ((60, 200), 6), ((10, 10), 2), ((3, 200), 2)])
@@ -122,8 +147,9 @@ def test_sig_is_six_waves_over_the_width() -> None:
 def test_a_trigger_means_the_same_at_every_size(name: str) -> None:
     """The changed share of the picture and the strength of the change are those of the large picture."""
     small, large = (np.abs(change(name, size)) for size in ((64, 64), (256, 256)))
-    assert (small > 0).mean() == pytest.approx((large > 0).mean(), rel=0.35)
-    assert small[small > 0].mean() == pytest.approx(large[large > 0].mean(), rel=0.35)
+    least = 20 if name == "watermark" else 0  # the edges of small letters are soft
+    assert (small > least).mean() == pytest.approx((large > least).mean(), rel=0.35)
+    assert small[small > least].mean() == pytest.approx(large[large > least].mean(), rel=0.35)
 
 
 @pytest.mark.parametrize("name", ["", "BadNet", "patch"])
