@@ -138,11 +138,12 @@ def report(frame: pd.DataFrame) -> str:
         parts.append(f"## Data {data}, base {base}")
         if len(filters):
             parts += _default(group, picture["attacks"])
-            if len(common := _common(filters)):
-                parts += [f"![F1 by poison rate]({picture['rates']})", *_means(common)]
+            common = _common(filters)
+            parts += [f"![F1 by poison rate]({picture['rates']})"] if common["rate"].nunique() > 1 else []
+            parts += _means(common)
             parts += _by_attacks(filters)
         trained = group[group["filter"].isin(RETRAINED)]
-        for rate, cells in trained.groupby("rate"):
+        for rate, cells in _compared(trained, 1).groupby("rate"):
             for column, what in (("asr", "Attack success rate"), ("clean", "Clean performance")):
                 parts += [f"### {what} of the retrained model, {percent(rate)} poison", _by_attack(cells, _named(cells), column)]
     return "\n\n".join(parts)
@@ -163,9 +164,14 @@ def _default(frame: pd.DataFrame, picture: str) -> list[str]:
     return [
         "### The default filter",
         "ASR is the attack success rate of the provisional model, before any filter and guard: how well the attack was learnt.",
-        f"![F1 of the default filter]({picture})",
+        *([f"![F1 of the default filter]({picture})"] if len(_own_places(frame)) > 1 else []),
         markdown(header, rows),
     ]
+
+
+def _own_places(frame: pd.DataFrame) -> list[tuple[str, float]]:
+    """Attacks and rates that the default filter was measured on."""
+    return _places(frame[frame["filter"] == "ours"])
 
 
 def _told(verdicts: Sequence[Any]) -> str:
@@ -180,10 +186,13 @@ def _column(cells: pd.DataFrame, name: str, column: str) -> Sequence[Any]:
 
 
 def _common(frame: pd.DataFrame) -> pd.DataFrame:
-    """The filters' records of the cells that all filters were measured on: only these can be compared by a mean over attacks."""
+    """The filters' records of the cells that all filters were measured on: only these can be compared by a mean over attacks.
+
+    None where the line's own were measured alone.
+    """
     names = frame["filter"].nunique()
     counts = frame.groupby(_CELL)["filter"].transform("nunique")
-    return frame[counts == names]
+    return frame[(counts == names) & (names > len(_OWN))]
 
 
 def _means(frame: pd.DataFrame) -> list[str]:
@@ -202,13 +211,17 @@ def _means(frame: pd.DataFrame) -> list[str]:
 
 
 def _by_attacks(frame: pd.DataFrame) -> list[str]:
-    """F1 and AUROC by attack at every rate, for filters beside the line's own."""
+    """F1 and AUROC by attack at every rate, of cells in which filters beside the line's own were measured."""
     parts = []
-    for rate, cells in frame.groupby("rate"):
-        if len(names := _named(cells)) > len(_OWN):
-            for column in ("f1", "auroc"):
-                parts += [f"### {_FIGURES[column]} by attack, {percent(rate)} poison", _by_attack(cells, names, column)]
+    for rate, cells in _compared(frame, len(_OWN)).groupby("rate"):
+        for column in ("f1", "auroc"):
+            parts += [f"### {_FIGURES[column]} by attack, {percent(rate)} poison", _by_attack(cells, _named(cells), column)]
     return parts
+
+
+def _compared(frame: pd.DataFrame, alone: int) -> pd.DataFrame:
+    """The records of attacks at a rate that have more than so many of them."""
+    return frame[frame.groupby(["data", "base", "attack", "rate"])["filter"].transform("nunique") > alone]
 
 
 def _by_attack(frame: pd.DataFrame, names: Sequence[str], column: str) -> str:
@@ -238,14 +251,14 @@ def _places(frame: pd.DataFrame) -> list[tuple[str, float]]:
 
 
 def figures(frame: pd.DataFrame) -> dict[str, bytes]:
-    """Per data set and base: the default filter's F1 by attack and rate, and F1 by rate of every filter on the same cells."""
+    """Per data set and base: the default filter's F1 by attack and rate, and of every filter by rate, where there are several."""
     drawn = {}
     for (data, base), group in frame[frame["filter"].isin(FILTERS)].groupby(["data", "base"], sort=False):
         picture, own, common = _pictures(str(data), str(base)), group[group["filter"] == "ours"], _common(group)
-        if len(own):
+        if len(places := _own_places(group)) > 1:
             means = own.groupby(["attack", "rate"])["f1"].mean()
-            drawn[picture["attacks"]] = f1_by_attack({place: float(means[place]) for place in _places(own)})
-        if len(common):
+            drawn[picture["attacks"]] = f1_by_attack({place: float(means[place]) for place in places})
+        if common["rate"].nunique() > 1:
             drawn[picture["rates"]] = f1_by_rate(
                 {
                     name: {_number(rate): _by_seed(cells, "f1") for rate, cells in common[common["filter"] == name].groupby("rate")}
