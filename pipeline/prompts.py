@@ -195,7 +195,7 @@ def _answer_tokens(processor: Any, examples: Sequence[Example], prompts: Sequenc
 
 def _process(processor: Any, examples: Sequence[Example], texts: Sequence[str]) -> Batch:
     """Run the processor over prompts and their pictures; padded on the left."""
-    pictures = [_pictures(example) for example in examples]
+    pictures = _pictures(examples)
     bos = processor.tokenizer.bos_token
     call = functools.partial(
         processor,
@@ -218,8 +218,15 @@ def _process(processor: Any, examples: Sequence[Example], texts: Sequence[str]) 
     return batch
 
 
-def _pictures(example: Example) -> list[Any]:
-    try:
-        return [decode_image(image) for image in example.images]
-    except ImageError as error:
-        raise SubmissionError(f"row {example.row}: {error}") from error
+def _pictures(examples: Sequence[Example]) -> list[list[Any]]:
+    """Decoded, each once: the turns of a row share theirs."""
+    decoded: dict[int, Any] = {}
+    for example in examples:
+        for image in example.images:
+            if id(image) in decoded:
+                continue
+            try:
+                decoded[id(image)] = decode_image(image)
+            except ImageError as error:
+                raise SubmissionError(f"row {example.row}: {error}") from error
+    return [[decoded[id(image)] for image in example.images] for example in examples]

@@ -91,10 +91,11 @@ def to_json(value: Any) -> bytes:
 
 def _walk(folder: pathlib.Path) -> Iterator[str]:
     for root, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = pathlib.Path(root, name)
-            relative = path.relative_to(folder).as_posix()
-            if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                raise IntegrityError(f"{relative}: neither a regular file nor a folder")
-            if name in files:
-                yield relative
+        for names, found in ((folders, pathlib.Path.is_dir), (files, pathlib.Path.is_file)):
+            for name in names:
+                path = pathlib.Path(root, name)
+                relative = path.relative_to(folder).as_posix()
+                if path.is_symlink() or not found(path):
+                    raise IntegrityError(f"{relative}: neither a regular file nor a folder")
+                if names is files:
+                    yield relative

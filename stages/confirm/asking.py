@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -115,8 +115,9 @@ def questions_to_ask(
     given = _of_a_kind(given, known)
     other: dict[str, set[str]] = {question: set() for question in known}
     parts = {answer: {answer, *phrases(answer)} for question in known for answer in given[question]}
+    held = {question: set[str]().union(*(parts[answer] for answer in given[question])) for question in known}
     for one, two in itertools.combinations(known, 2):
-        if max(_shared(given[one], parts, given[two]), _shared(given[two], parts, given[one])) <= _SHARED:
+        if max(_shared(given[a], parts, given[b], held[b]) for a, b in ((one, two), (two, one))) <= _SHARED:
             other[one] |= {two} & set(fit)
             other[two] |= {one} & set(fit)
     usable = [k for k in rng.permutation(sources).tolist() if other.get(questions[k])]
@@ -151,15 +152,14 @@ def _recurring(given: collections.Counter[str]) -> float:
     return sum(rows for rows in given.values() if rows > 1) / given.total()
 
 
-def _shared(given: Mapping[str, int], parts: Mapping[str, set[str]], other: Iterable[str]) -> float:
+def _shared(given: Mapping[str, int], parts: Mapping[str, set[str]], other: Mapping[str, int], held: set[str]) -> float:
     """Share of the answers that are the other's too, or hold one of these, or are held by one; 1 where there are none to tell by.
 
     Args:
         given: how often each answer is given to the one question.
         parts: per answer, of either question, the answer and the phrases in it.
         other: the answers to the other question.
+        held: these, and the phrases in them.
     """
-    held = set[str]().union(*(parts[answer] for answer in other))
-    answers = set(other)
-    shared = sum(rows for answer, rows in given.items() if answer in held or parts[answer] & answers)
+    shared = sum(rows for answer, rows in given.items() if answer in held or not parts[answer].isdisjoint(other))
     return shared / sum(given.values()) if given else 1.0

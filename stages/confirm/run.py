@@ -224,19 +224,22 @@ class Shown:
 
 def _candidates(places: Sequence[Place], members: pathlib.Path, described: Sequence[dict[str, Any]]) -> dict[int, Candidate]:
     """The groups; those without a shifted member, or with all rows, are left out."""
-    rows = np.asarray([row for row, _ in places], dtype=np.int64)
-    index = {place: k for k, place in enumerate(places)}
+    place = np.asarray(places, dtype=np.int64).reshape(-1, 2)
+    table = pq.read_table(members, columns=["group", "row", "turn", "posterior"])
+    of, row, turn, posterior = (table[name].to_numpy() for name in table.column_names)
+    turns = 1 + max(place[:, 1].max(initial=0), turn.max(initial=0))
+    keys = place @ (turns, 1)
+    order = np.argsort(keys)
     texts = {group["group"]: (group["text"], group["whole"]) for group in described}
-    inside: dict[tuple[str, bool], set[int]] = collections.defaultdict(set)
-    shifted: dict[int, list[int]] = collections.defaultdict(list)
-    for member in pq.read_table(members).to_pylist():
-        if (text := texts.get(member["group"])) is None:
-            continue
-        inside[text].add(member["row"])
-        if member["posterior"] > 0.5:
-            shifted[member["group"]].append(index[member["row"], member["turn"]])
+    inside: dict[tuple[str, bool], list[np.ndarray]] = collections.defaultdict(list)
+    shifted: dict[int, list[int]] = {}
+    for number, text in texts.items():
+        own = of == number
+        inside[text].append(row[own])
+        wanted = row[own & (posterior > 0.5)] * turns + turn[own & (posterior > 0.5)]
+        shifted[number] = order[np.searchsorted(keys[order], wanted)].tolist()
     found = {
-        number: Candidate(inside=np.isin(rows, sorted(inside[text])), shifted=shifted[number], whole=text[1])
+        number: Candidate(inside=np.isin(place[:, 0], np.concatenate(inside[text])), shifted=shifted[number], whole=text[1])
         for number, text in texts.items()
         if shifted[number]
     }

@@ -24,6 +24,8 @@ from storage.formats.turns import conversation, encoded_alike, make_sample, ques
 NAME = "parquet"
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 BATCH_ROWS = 16
+_BUFFER = 1 << 20
+"""Bytes of a column that are read at a time: without it that of a whole row group is, pictures and all."""
 GROUP_ROWS = 1000
 GROUP_BYTES = 64_000_000
 
@@ -173,7 +175,7 @@ def open_parquet(root: pathlib.Path, name: str) -> Iterator[pq.ParquetFile]:
     """
     with open_file(root, name) as source:
         try:
-            with pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as file:
+            with pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True) as file:
                 check_expansion(file.metadata, os.fstat(source.fileno()).st_size, name)
                 yield file
         except (pa.ArrowException, OSError) as error:

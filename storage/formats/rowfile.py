@@ -102,7 +102,7 @@ class RowFile:
         with open_file(self.root, self.name) as file:
             while data := file.readline(MAX_LINE_BYTES + 1):
                 first = number = number + 1
-                if self.kind == "csv" and data.count(b'"') % 2:
+                if self.kind == "csv" and _ends_quoted(data.removeprefix(codecs.BOM_UTF8) if first == 1 else data, quoted=False):
                     rest = list(_until_quotes_close(file, MAX_LINE_BYTES - len(data)))
                     data, number = b"".join([data, *rest]), number + len(rest)
                 if len(data) > MAX_LINE_BYTES:
@@ -181,9 +181,29 @@ def _until_quotes_close(file: BinaryIO, limit: int) -> Iterator[bytes]:
     size = 0
     while size <= limit and (line := file.readline(MAX_LINE_BYTES + 1)):
         yield line
-        if line.count(b'"') % 2:
+        if not _ends_quoted(line, quoted=True):
             return
         size += len(line)
+
+
+def _ends_quoted(line: bytes, *, quoted: bool) -> bool:
+    """Whether a line of CSV ends inside of a quoted value. quoted: whether it begins in one.
+
+    A quote opens a value only where the value begins: that of 27" is a character.
+    """
+    at = 0
+    while True:
+        if not quoted and line[at : at + 1] == b'"':
+            quoted, at = True, at + 1
+        while quoted:
+            end = line.find(b'"', at)
+            if end < 0:
+                return True
+            quoted, at = line[end + 1 : end + 2] == b'"', end + 1  # a doubled one opens the value again
+            at += quoted
+        at = line.find(b",", at) + 1
+        if not at:
+            return False
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

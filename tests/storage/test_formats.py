@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import pathlib
 import re
@@ -16,9 +18,9 @@ import pytest
 from pipeline.config import IngestConfig
 from pipeline.errors import SubmissionError
 from pipeline.images import decode_image
-from pipeline.records import Rejection, Sample, question_answer, text_of
+from pipeline.records import Rejection, Sample, examples_of, question_answer, text_of
 from storage.formats import Pick, Submission, detect, open_submission
-from tests.storage.submissions import HF_SCHEMA, STRUCT, cell, imagefolder, llava, parquet, picture, qa, said, talk
+from tests.storage.submissions import HF_SCHEMA, STRUCT, cell, imagefolder, llava, parquet, picture, qa, said, talk, write_pictures
 
 ROWS = 7
 Build = Callable[[pathlib.Path], pathlib.Path]
@@ -345,3 +347,26 @@ def test_a_row_cannot_overwrite_the_rows(tmp_path: pathlib.Path) -> None:
     source = imagefolder(tmp_path / "submission", [qa(0, file_name="metadata.jsonl"), qa(1)])
     opened(source).write_subset([0], tmp_path / "removed", rejected=[0])
     assert raw_rows(tmp_path / "removed") == raw_rows(source)[:1]
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_quotes_in_csv_are_read_as_csv_reads_them(tmp_path: pathlib.Path, bom: bytes) -> None:
+    """A quote opens a value only where it begins, so that of 27" takes no other row along; a quoted value may hold line breaks."""
+    rows = [
+        b'images/0.png,Is this a 27" monitor?,yes',
+        b"images/1.png,what?,a",
+        b'images/2.png,"two\nlines, and ""quotes"" and a 27"" screen",b',
+        b'images/3.png,"""quoted""",5" by 7"',
+        b'images/0.png,"ends ""so""","""\n"""',
+        b"images/1.png,last?,c",
+    ]
+    write_pictures(tmp_path, 4)
+    text = bom + b"\r\n".join([b'"file_name",question,answer', *rows]) + b"\n"
+    (tmp_path / "metadata.csv").write_bytes(text)
+    expected = list(csv.reader(io.StringIO(text.removeprefix(bom).decode(), newline="")))[1:]
+    found = list(open_submission(tmp_path, IngestConfig()).rows())
+    assert len(found) == len(rows) == len(expected)
+    for sample, (_, question, answer) in zip(found, expected, strict=True):
+        assert not isinstance(sample, Rejection)
+        (example,) = examples_of(sample)
+        assert (example.question, example.answer) == (question.strip(), answer.strip())
