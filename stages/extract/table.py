@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StageError
+
+_TEXTS = ("question", "answer")
+_NUMBERS = ("row", "turn", "image_tokens")
+_SHAPE = ("layers", "heads")
+_STATISTICS = {"entropy": 2, "head_entropy": 3, "image_share": 3, "ratio": 3}
+"""And their dimensions: examples, layers and, where there are three, heads."""
+_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,48 +52,45 @@ class AttentionTable:
         Raises:
             StageError: examples disagree in layers or heads, or a statistic is not finite.
         """
-        table = table.filter(pa.array(table["image_tokens"].to_numpy() > 0))
-        shapes = {(record["layers"], record["heads"]) for record in table.select(["layers", "heads"]).to_pylist()}
-        if len(shapes) > 1:
-            raise StageError(f"the attention table mixes models: (layers, heads) are {sorted(shapes)}")
-        layers, heads = shapes.pop() if shapes else (0, 0)
-
-        def statistic(name: str, *shape: int) -> np.ndarray:
-            flat, start = np.empty((len(table), *shape), dtype=np.float32), 0
-            for chunk in table[name].chunks:  # all of them together may hold more values than a list array can count
-                flat[start : start + len(chunk)] = np.asarray(chunk.flatten()).reshape(len(chunk), *shape)
-                start += len(chunk)
-            if not np.isfinite(flat).all():
-                bad = int(table["row"][int(np.argwhere(~np.isfinite(flat))[0, 0])].as_py())
-                raise StageError(f"row {bad}: its {name} is not finite; the provisional model's weights or the picture are damaged")
-            return flat
-
-        return cls(
-            row=table["row"].to_numpy(),
-            turn=table["turn"].to_numpy(),
-            question=table["question"].to_pylist(),
-            answer=table["answer"].to_pylist(),
-            image_tokens=table["image_tokens"].to_numpy(),
-            entropy=statistic("entropy", layers),
-            head_entropy=statistic("head_entropy", layers, heads),
-            image_share=statistic("image_share", layers, heads),
-            ratio=statistic("ratio", layers, heads),
-        )
+        return cls._gathered(table.to_batches(), int((table["image_tokens"].to_numpy() > 0).sum()))
 
     @classmethod
     def read(cls, path: pathlib.Path) -> AttentionTable:
-        """Read `attention.parquet`."""
-        columns = [
-            "row",
-            "turn",
-            "question",
-            "answer",
-            "image_tokens",
-            "layers",
-            "heads",
-            "entropy",
-            "head_entropy",
-            "image_share",
-            "ratio",
-        ]
-        return cls.from_arrow(pq.read_table(path, columns=columns))
+        """Read `attention.parquet`, some records at a time: what is in memory are the arrays."""
+        pictured = int((pq.read_table(path, columns=["image_tokens"])["image_tokens"].to_numpy() > 0).sum())
+        with pq.ParquetFile(path) as file:
+            return cls._gathered(file.iter_batches(batch_size=_ROWS, columns=[*_TEXTS, *_NUMBERS, *_SHAPE, *_STATISTICS]), pictured)
+
+    @classmethod
+    def _gathered(cls, batches: Iterable[pa.RecordBatch], pictured: int) -> AttentionTable:
+        """The pictured examples of all batches, of which there are so many."""
+        texts: dict[str, list[str]] = {name: [] for name in _TEXTS}
+        numbers: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype=np.int32)] for name in _NUMBERS}
+        arrays = {name: np.empty((0,) * dimensions, dtype=np.float32) for name, dimensions in _STATISTICS.items()}
+        shape, start = None, 0
+        for whole in batches:
+            batch = whole.filter(pa.array(whole["image_tokens"].to_numpy() > 0))
+            if not len(batch):
+                continue
+            shapes = {*zip(*(batch[name].to_pylist() for name in _SHAPE), strict=True), *([shape] if shape else [])}
+            if len(shapes) > 1:
+                raise StageError(f"the attention table mixes models: (layers, heads) are {sorted(shapes)}")
+            if shape is None:
+                (shape,) = shapes
+                arrays = {name: np.empty((pictured, *shape[: n - 1]), dtype=np.float32) for name, n in _STATISTICS.items()}
+            rows = slice(start, start + len(batch))
+            for name in _NUMBERS:
+                numbers[name].append(batch[name].to_numpy())
+            for name in _TEXTS:
+                texts[name] += batch[name].to_pylist()
+            for name in _STATISTICS:
+                values = np.asarray(batch[name].flatten()).reshape(len(batch), *arrays[name].shape[1:])
+                if not np.isfinite(values).all():
+                    bad = batch["row"][int(np.argwhere(~np.isfinite(values))[0, 0])].as_py()
+                    raise StageError(
+                        f"row {bad}: its {name} is not finite; the provisional model's weights or the picture are damaged"
+                    )
+                arrays[name][rows] = values
+            start = rows.stop
+        arrays |= {name: np.concatenate(parts) for name, parts in numbers.items()}
+        return cls(question=texts["question"], answer=texts["answer"], **arrays)
