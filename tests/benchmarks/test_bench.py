@@ -347,11 +347,18 @@ def test_detection_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path, mo
     assert found[["precision", "recall", "f1", "removed"]].map(lambda share: 0 <= share <= 1).all(axis=None)
     assert (found.xs("random, 20%", level=1)["removed"] == 0.2).all()
     text = (place / "detection.md").read_text()
-    for what, size in (("rates", (960, 540)), ("attacks", (960, 234))):
-        picture = place / f"detection-{what}-demo-{tiny_base.name}.png"
-        assert text.count(f"]({picture.name})") == 1
-        assert Image.open(io.BytesIO(picture.read_bytes())).size == size
     assert "| text prefix | 10% | - |" in text
+    rates, attacks = (f"detection-{what}-demo-{tiny_base.name}.png" for what in ("rates", "attacks"))
+    assert rates not in text, "there is one rate"
+    assert text.count(f"]({attacks})") == 1
+    assert Image.open(place / attacks).size == (960, 234)
+    records = read_records("detection", place)
+    several = pd.concat([records, records.assign(rate=0.5)])
+    assert DETECTION.report(several).count(f"]({rates})") == 1
+    assert Image.open(io.BytesIO(DETECTION.figures(several)[rates])).size == (960, 540)
+    own = records[records["filter"] == "ours"]
+    assert "All filters" not in DETECTION.report(own)
+    assert list(DETECTION.figures(own[own["attack"] == "badnet"])) == []
 
     trained = miniature(DETECTION, place, tiny_base, 1, "truth, retrained", "no filter, retrained").set_index("filter")
     assert len(trained) == 2 * len(FILTERS) + 2

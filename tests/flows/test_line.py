@@ -191,7 +191,7 @@ def test_a_key_covers_everything_that_a_stage_is_given(opened: Callable[..., Lin
                 (digest,) = [digest for folder, digest in places.items() if value.is_relative_to(folder)]
                 assert digest in manifest["inputs"].values(), f"{stage} reads {name}, which its key doesn't know"
             elif value is not None:
-                told = value.model_dump(exclude=NO_MATTER) if isinstance(value, Section) else value
+                told = value.model_dump(mode="json", exclude=NO_MATTER) if isinstance(value, Section) else value
                 assert told in manifest["config"].values(), f"{stage} is told {name}, which its key doesn't know"
 
 
