@@ -217,7 +217,8 @@ def take_over(suite: Suite, made: pathlib.Path, out: pathlib.Path) -> int:
     folder = (out / suite.name).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     told = how["setting"]
-    _settle(folder / _SETTING, told, {name: told.pop(name, {}) for name in _NAMED})
+    named = {name: told.pop(name, {}) for name in _NAMED}
+    _settle(folder / _SETTING, told, named)
     for name in (_COMMANDS, _MACHINES):
         for line in how[name]:
             _note(folder / name, line)

@@ -221,7 +221,7 @@ def _by_attacks(frame: pd.DataFrame) -> list[str]:
 
 def _compared(frame: pd.DataFrame, alone: int) -> pd.DataFrame:
     """The records of attacks at a rate that have more than so many of them."""
-    return frame[frame.groupby(["data", "base", "attack", "rate"])["filter"].transform("nunique") > alone]
+    return frame[frame.groupby(["attack", "rate"])["filter"].transform("nunique") > alone]
 
 
 def _by_attack(frame: pd.DataFrame, names: Sequence[str], column: str) -> str:

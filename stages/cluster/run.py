@@ -174,18 +174,19 @@ def _shared(
     found: dict[int, RowEvidence], members: pathlib.Path, groups: list[dict[str, Any]], asked: pathlib.Path, config: ClusterConfig
 ) -> None:
     """Add the evidence of the groups: score is a row's projection on its group's shift, posterior holds for confirmed groups."""
-    by_number = {group["group"]: group for group in groups}
+    by_number = {group["group"]: group for group in groups if not _named(group, config.keep)}
+    decided = {number for number, group in by_number.items() if _named(group, config.remove)}
     looked_at = {(one["group"], one["row"], one["turn"]): one for one in pq.read_table(asked).to_pylist()}
     for record in pq.read_table(members).to_pylist():
         row, group = found[record["row"]], by_number.get(record["group"])
         row.score = max(row.score, record["projection"])
-        if group is None or _named(group, config.keep):
+        if group is None:
             continue
         what = "answer" if group["whole"] else "phrase"
         own = looked_at.get((record["group"], record["row"], record["turn"]))
         posterior = record["posterior"] if own is None else min(record["posterior"], own["posterior"])
         also = "" if own is None else f"; its own picture makes {own['hits']} of {own['asked']} other questions give it"
-        if _named(group, config.remove):
+        if group["group"] in decided:
             row.suspect(
                 posterior,
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "

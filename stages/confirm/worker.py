@@ -190,7 +190,7 @@ class ConfirmWorker:
         attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"][:most], strict=True)]
         residual, usual = add_residual(taken, given), len(_usual(given))
         fit = [k for k, tokens in enumerate(taken) if len(tokens) == usual]
-        worded = self._examples(task["worded_prompts"][:most], task["host_images"][:most]) if task["worded_prompts"] else []
+        worded = _examples(task["worded_prompts"][:most], [host.images for host in hosts]) if task["worded_prompts"] else []
         variants = {
             "own": (hosts, taken),
             "attended": (hosts, attended),
