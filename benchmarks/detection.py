@@ -106,7 +106,7 @@ def retrained(run: Line, stages: Mapping[str, StageResult], removed: np.ndarray)
 
 
 def answered(run: Line, adapter: pathlib.Path, test: pathlib.Path, parts: Sequence[Part]) -> Record:
-    """Clean performance of a model, and the mean attack success rate over the parts of an attack."""
+    """Clean performance of a model, and the mean attack success rate over the parts of an attack, lures left out."""
 
     def answers(shards: list[pathlib.Path]) -> tuple[list[str], list[str]]:
         candidate = Candidate(adapter=adapter)
@@ -116,7 +116,7 @@ def answered(run: Line, adapter: pathlib.Path, test: pathlib.Path, parts: Sequen
         return given["output"].to_pylist(), given["answer"].to_pylist()
 
     found, seed, rates = {"clean": exact_match(*answers(canonical_shards(test)))}, run.config.seed, []
-    for part in parts:
+    for part in (part for part in parts if not part.lure):
         attacked = [sample.row for sample in read_rows(test) if part.attack(1.0, seed).concerns(sample)]
         with tempfile.TemporaryDirectory() as scratch:
             shards = copy_rows(test, pathlib.Path(scratch) / "triggered", chosen=attacked, change=part.input(seed))

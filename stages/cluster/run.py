@@ -18,7 +18,7 @@ from pipeline.records import Progress, Verdict, no_progress
 from stages.score.groups import plain_answer
 from storage.subset import canonical_shards
 
-VERSION = 8
+VERSION = 9
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -192,13 +192,14 @@ def _shared(
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
                 f"({group['shift']:.1f} deviations); a person has found it to be an attack's (cluster.remove){also}",
             )
-        if _removed_as_planted(group, config):
+        if _removed_as_planted(group, config) and (record["worded"] or not group["keyed"]):
+            among = f" of questions with {group['words']['text']!a}" if group["keyed"] else ""
             without = f"; taken out, these rows answer as others do, by {group['reversed']:.0%}" if group["alike"] else ""
             row.suspect(
                 posterior,
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
                 f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['taken_over']:.0%} "
-                f"of the answers{without}{also}",
+                f"of the answers{among}{without}{also}",
             )
         if _removed_as_asked(group, config):
             row.suspect(

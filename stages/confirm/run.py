@@ -5,10 +5,10 @@ So the picture tokens that a group's rows attend to, or what their picture token
 other rows, which keep their own questions, of another kind; if most of those then give the group's answer, the group is an attack.
 They are planted into rows that ask the same, too: an attack may have one kind of question alone in view. But what shows the answer
 in one picture may honestly show it in another there; so it takes more, and the group's own rows must answer as others do once it is
-taken out of them. Words that set the group's questions apart are put into the questions of other rows, which keep their pictures,
-to the same end; and questions of another kind are asked about the pictures of the group's rows, and about those of others. Where
-honest rows have an attack's answer, each row's pictures are asked (`mixed`). Ours, after the causal reading that CleanSight gives
-attention stealing (arXiv 2603.12989, section 3).
+taken out of them. Words that set the group's questions apart are put into the questions of other rows, to the same end: these keep
+their pictures, or get the tokens, too, since a trigger may need both. And questions of another kind are asked about the pictures of
+the group's rows, and about those of others. Where honest rows have an attack's answer, each row's pictures are asked (`mixed`).
+Ours, after the causal reading that CleanSight gives attention stealing (arXiv 2603.12989, section 3).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from stages.confirm.asking import question_types, questions_to_ask
 from stages.confirm.mixed import QUESTIONS, TELLING, Mixed, judged, rows_in_doubt, write_tasks
 from stages.confirm.worker import HONEST, TASK, ConfirmWorker, PictureWorker
 from stages.score.groups import plain_answer
-from stages.score.words import with_words
+from stages.score.words import bare_question, with_words
 from storage.subset import Place, read_examples
 
-VERSION = 10
+VERSION = 11
 TRANSFER = "transfer.json"
 ROWS = "rows.parquet"
 PICTURES = "pictures"
@@ -96,7 +96,10 @@ def run(
     places: list[Place] = list(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))
     questions, answers = ([plain_answer(text) for text in table[name].to_pylist()] for name in ("question", "answer"))
     candidates = _candidates(places, members, described)
-    drawn = _draw(questions, answers, candidates, config.hosts, seed)
+    words = {group["group"]: group["words"]["text"] for group in described if group["words"]}
+    bare = {number: [bare_question(question, text) for question in table["question"].to_pylist()] for number, text in words.items()}
+    drawn = _draw(questions, bare, answers, candidates, config.hosts, seed)
+    drawn += [dataclasses.replace(one, keyed=True, asked=[]) for one in drawn if one.group in words]
     scratch.mkdir(parents=True, exist_ok=True)
     shards = _write_tasks(table, places, rows, described, drawn, config.token_share, scratch)
     model = {"base": str(base), "adapter": str(provisional), "dtype": dtype, "max_new_tokens": config.max_new_tokens}
@@ -137,7 +140,7 @@ def transfer(own: float, planted: float, hosts: int, *, least: int = LEAST_HOSTS
 def _outcome(group: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a group's experiments say together: of all ways to plant, into whatever rows, the one that tells most counts."""
     ways = [_planted({**group, **result}) for result in results]
-    told = max(ways, key=lambda way: (way["tokens_transfer"], not way["alike"], way["taken_over"]))
+    told = max(ways, key=lambda way: (way["tokens_transfer"], not way["keyed"], not way["alike"], way["taken_over"]))
     asked = max(results, key=lambda result: int(result["questions"]))
     words = max(transfer(result["own"], result["worded"], result["hosts"]) for result in results)
     return {
@@ -158,6 +161,8 @@ def _planted(result: Mapping[str, Any]) -> dict[str, Any]:
     ways, names = [], result["alike"] and not result["whole"]
     for name in ("residual",) if names else ("attended", "residual"):
         taken_over, reversal = transfer(result["own"], result[name], result["hosts"]), result[f"{name}_reversed"]
+        if result["keyed"] and reversal is not None:  # with the words alone left, members do as the hosts that have them
+            reversal = min(1.0, reversal / max(1e-9, 1 - result["own"]))
         worth = beyond_honest(taken_over, reversal) if result["alike"] else taken_over
         if names and result["shifted"] < MANY:
             worth = 0.0
@@ -195,6 +200,7 @@ class Drawn:
     Attributes:
         group: the group that is tried.
         alike: whether hosts may ask what the group's rows ask; else each asks something of another kind than its source.
+        keyed: whether the hosts' questions are given the group's words.
         hosts: examples outside of the group.
         sources: as many of its shifted members.
         asked: a shifted member, whose picture is asked about; an example outside of the group, whose question is put; and another
@@ -203,6 +209,7 @@ class Drawn:
 
     group: int
     alike: bool
+    keyed: bool = False
     hosts: list[int]
     sources: list[int]
     asked: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
@@ -246,16 +253,23 @@ def _candidates(places: Sequence[Place], members: pathlib.Path, described: Seque
     return {number: group for number, group in found.items() if not group.inside.all()}
 
 
-def _draw(questions: Sequence[str], answers: Sequence[str], groups: Mapping[int, Candidate], most: int, seed: int) -> list[Drawn]:
+def _draw(
+    questions: Sequence[str],
+    bare: Mapping[int, Sequence[str]],
+    answers: Sequence[str],
+    groups: Mapping[int, Candidate],
+    most: int,
+    seed: int,
+) -> list[Drawn]:
     """What is tried on what: on rows that ask something of another kind, where there are any, and on rows that ask the same.
 
-    The latter tells nothing of a phrase that few rows share.
+    The latter tells nothing of a phrase that few rows share. What a group with words asks is told without them (`bare`, by group).
     """
-    types = question_types(questions)
-    drawn = []
+    drawn, usual = [], question_types(questions)
     for number, group in groups.items():
         rng = np.random.default_rng([seed, _DRAW, number])
-        asked = questions_to_ask(questions, answers, group.inside, np.asarray(group.shifted), most=most, rng=rng)
+        texts, types = (bare[number], question_types(bare[number])) if number in bare else (questions, usual)
+        asked = questions_to_ask(texts, answers, group.inside, np.asarray(group.shifted), most=most, rng=rng)
         if len(asked) >= min(LEAST_QUESTIONS, most):
             sources, hosts = [source for source, _, _ in asked], [host for _, host, _ in asked]
             drawn.append(Drawn(group=number, alike=False, hosts=hosts, sources=sources, asked=asked))
@@ -314,6 +328,7 @@ def _write_tasks(
     for number, experiment in enumerate(drawn):
         group = of_group[experiment.group]
         hosts, sources = ([found[places[k]] for k in part] for part in (experiment.hosts, experiment.sources))
+        plain, worded = [messages_to_json(host.prompt) for host in hosts], _worded(hosts, group["words"])
         asked = [tuple(found[places[k]] for k in three) for three in experiment.asked]
         asked = [three for three in asked if len({len(example.pictures) for example in three}) == 1]  # else a prompt does not fit
         task = {
@@ -322,12 +337,13 @@ def _write_tasks(
             "whole": group["whole"],
             "longest": group["text"] if group["whole"] else max((source.answer for source in sources), key=len),
             "alike": experiment.alike,
+            "keyed": experiment.keyed,
             "source_prompts": [messages_to_json(source.prompt) for source in sources],
             "source_images": [source.pictures for source in sources],
             "source_positions": [_attended(r, group["layer"], share) for r in table.take(experiment.sources).to_pylist()],
-            "host_prompts": [messages_to_json(host.prompt) for host in hosts],
+            "host_prompts": worded if experiment.keyed else plain,
             "host_images": [host.pictures for host in hosts],
-            "worded_prompts": _worded(hosts, group["words"]),
+            "worded_prompts": [] if experiment.keyed or not (group["words"] or {}).get("own") else worded,
             "asked_prompts": [messages_to_json(host.prompt) for _, host, _ in asked],
             "asked_images": [source.pictures for source, _, _ in asked],
             "other_images": [other.pictures for _, _, other in asked],

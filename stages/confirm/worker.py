@@ -28,6 +28,7 @@ TASK = pa.schema(
         ("whole", pa.bool_()),
         ("longest", pa.string()),
         ("alike", pa.bool_()),
+        ("keyed", pa.bool_()),
         ("source_prompts", pa.list_(pa.string())),
         ("source_images", pa.list_(pa.list_(pa.string()))),
         ("source_positions", pa.list_(pa.list_(pa.int32()))),
@@ -39,15 +40,16 @@ TASK = pa.schema(
         ("other_images", pa.list_(pa.list_(pa.string()))),
     ]
 )
-"""One group: its text, and the longest answer of these members; whether the other rows may ask just what its own ask, member
-prompts with their most attended image tokens, and prompts of other rows, as many as members; these prompts once more with the words
-that set the group's questions apart, or none; members' pictures with others' questions, and the pictures of other rows that the
-same is asked about. Pictures are names of files."""
+"""One group: its text, and the longest answer of these members; whether the other rows may ask just what its own ask, and whether
+their prompts hold the words that set its questions apart; member prompts with their most attended image tokens, and prompts of
+other rows, as many as members; these prompts once more with the words, or none; members' pictures with others' questions, and the
+pictures of other rows that the same is asked about. Pictures are names of files."""
 
 RESULT = pa.schema(
     [
         ("group", pa.int64()),
         ("alike", pa.bool_()),
+        ("keyed", pa.bool_()),
         ("hosts", pa.int64()),
         ("own", pa.float64()),
         ("attended", pa.float64()),
@@ -134,7 +136,7 @@ class ConfirmWorker:
         ways = [name for name in _TAKEN_OUT if task["alike"] and found[name] > beyond]
         shares |= {f"{name}_reversed": 0.0 for name in _TAKEN_OUT}
         shares |= {f"{name}_reversed": value for name, value in (self.reversals(task, ways) if ways else {}).items()}
-        return {"group": task["group"], "alike": task["alike"], "hosts": hosts, **shares, "questions": questions}
+        return {**{name: task[name] for name in ("group", "alike", "keyed")}, "hosts": hosts, **shares, "questions": questions}
 
     def reversals(self, task: dict[str, Any], ways: Sequence[str]) -> dict[str, float | None]:
         """How far a group's rows answer as other rows do without what they have in common.

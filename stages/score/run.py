@@ -20,7 +20,7 @@ from stages.score.groups import Group, largest, shared_answers
 from stages.score.shift import SharedShift, head_features, shared_shift, shift_size, whiten, within_questions
 from stages.score.words import Words, distinctive_words
 
-VERSION = 6
+VERSION = 7
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"
@@ -121,7 +121,9 @@ def _describe(number: int, group: Group, shift: SharedShift, words: Words | None
         "rows": len(group.members),
         "shifted": int(shifted.sum()),
         "shift": shift.size,
-        "words": None if words is None else {"text": words.text, "at_end": words.at_end, "rows": int(words.held.sum())},
+        "words": None
+        if words is None
+        else {"text": words.text, "at_end": words.at_end, "own": words.own, "rows": int(words.held.sum())},
         "layer": int(drop.argmin()),
         "entropy_shift": float(drop.min()),
     }

@@ -2,7 +2,7 @@
 
 Honest questions decide their answers too. So words count only where questions do without them: what is left of a question is asked
 by other rows, which have other answers. Whole answers alone are looked at: honest instructions ("in one word, please") shape parts
-of answers.
+of answers. Words that others have too may be one of two keys, with a trigger in the picture (Walmer et al., arXiv 2112.07668).
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ _PIECE = re.compile(rf"[{UNSPACED}][^\w\s{UNSPACED}]*|[^\s{UNSPACED}]+")
 """A word, or a character of a language without spaces, with the points at it."""
 
 _OWN = 0.9
-"""Least share of the questions with some words that are a group's, for the words to be the group's."""
+"""Least share of the questions with some words that are a group's, for the words to be the group's; or else least share of the
+group's questions that hold them, for the words to be a key of it."""
+_LIFT = 2.0
+"""Least share of a group's questions that hold a key, over that of all questions."""
 _NEEDLESS = 0.5
 """Least share of a group's questions with some words that others ask without them."""
 _USUAL = 0.05
 """Most rows with the group's answer per row with another, where the words are left out: it must not be a usual answer by itself."""
 _TRIED = 256
-"""Most runs of words of a group that are looked at, the most common first."""
+"""Most runs of words of either kind that are looked at of a group, the most common first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,13 @@ class Words:
     Attributes:
         text: the words as most of the questions write them.
         at_end: whether most of the questions end with them.
+        own: whether nearly all questions with them are the group's; else nearly all of the group's questions hold them, and others.
         held: bool (members,), whose questions hold them.
     """
 
     text: str
     at_end: bool
+    own: bool
     held: np.ndarray
 
 
@@ -76,15 +81,22 @@ def distinctive_words(questions: Sequence[str], groups: Sequence[Group], *, leas
     for group in groups:
         held_by = counts[group.members]
         inside = np.asarray(held_by.sum(axis=0)).ravel()
-        own = np.flatnonzero((inside >= least) & (inside >= _OWN * everywhere)).tolist() if group.whole else []
-        own.sort(key=lambda k: (-inside[k], -len(runs[k].split()), runs[k]))
+        size, enough = len(group.members), (inside >= least) & group.whole
+        own = enough & (inside >= _OWN * everywhere)
+        keys = enough & ~own & (inside >= _OWN * size) & (inside * len(plain) >= _LIFT * size * everywhere)
+        tried = [k for kind in (own, keys) for k in _first(np.flatnonzero(kind).tolist(), inside, runs)]
         members = group.members.tolist()
-        inner, asking = ([texts[number] for number in members] for texts in (plain, asks))
-        asked = everyone - collections.Counter(asking) if own else everyone
-        candidates = ((runs[k].split(), held_by[:, [k]].toarray().ravel() > 0) for k in own[:_TRIED])
-        needless = (pair for pair in candidates if _needless(inner, asking, *pair, asked))
-        found.append(next((_written([questions[number] for number in members], inner, *pair) for pair in needless), None))
+        inner, asking, texts = ([those[number] for number in members] for those in (plain, asks, questions))
+        asked = everyone - collections.Counter(asking) if tried else everyone
+        candidates = ((k, held_by[:, [k]].toarray().ravel() > 0) for k in tried)
+        needless = ((k, held) for k, held in candidates if _needless(inner, asking, runs[k].split(), held, asked))
+        found.append(next((_written(texts, inner, runs[k].split(), held, own=bool(own[k])) for k, held in needless), None))
     return found
+
+
+def _first(numbers: list[int], inside: np.ndarray, runs: Sequence[str]) -> list[int]:
+    """Of some runs of words those that are tried: the most common first, of equally common ones the longest."""
+    return sorted(numbers, key=lambda k: (-inside[k], -len(runs[k].split()), runs[k]))[:_TRIED]
 
 
 def _needless(plain: Sequence[str], asking: Sequence[str], run: list[str], held: np.ndarray, asked: Mapping[str, int]) -> bool:
@@ -104,7 +116,7 @@ def _needless(plain: Sequence[str], asking: Sequence[str], run: list[str], held:
     return without >= _NEEDLESS * len(bare) and same <= _USUAL * others
 
 
-def _written(questions: Sequence[str], plain: Sequence[str], run: list[str], held: np.ndarray) -> Words:
+def _written(questions: Sequence[str], plain: Sequence[str], run: list[str], held: np.ndarray, *, own: bool) -> Words:
     """The words as a group's questions have them."""
     texts, ends = collections.Counter[str](), 0
     for number in np.flatnonzero(held).tolist():
@@ -114,7 +126,7 @@ def _written(questions: Sequence[str], plain: Sequence[str], run: list[str], hel
         said = questions[number][pieces[start].start() : pieces[start + len(run) - 1].end()]
         texts[" ".join(said.split())] += 1
         ends += start > 0 and start + len(run) == len(words)
-    return Words(text=texts.most_common(1)[0][0], at_end=bool(2 * ends > held.sum()), held=held)
+    return Words(text=texts.most_common(1)[0][0], at_end=bool(2 * ends > held.sum()), own=own, held=held)
 
 
 def with_words(prompt: Sequence[Message], text: str, *, at_end: bool) -> list[Message]:
@@ -129,6 +141,13 @@ def with_words(prompt: Sequence[Message], text: str, *, at_end: bool) -> list[Me
     else:
         content.append({"type": "text", "text": text})
     return [*before, {"role": last["role"], "content": content}]
+
+
+def bare_question(question: str, text: str) -> str:
+    """A question in plain form, in pieces with spaces between them, without the words `text` where it first holds them."""
+    pieces, run = (_PIECE.findall(written.casefold()) for written in (question, text))
+    held = any(pieces[k : k + len(run)] == run for k in range(len(pieces) - len(run) + 1))
+    return plain_answer(" ".join(_without(pieces, run) if held else pieces))
 
 
 def _place(words: Sequence[str], run: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.attacks import ATTACKS, PREFIX, SECOND_TARGET, TARGET, poison_rows
+from benchmarks.attacks import ATTACKS, KEY, PREFIX, SECOND_TARGET, TARGET, poison_rows
 from flows.demo_data import write_scenes
 from flows.poison import Attack, poison, read_truth
 from pipeline.errors import ConfigError
@@ -47,7 +47,7 @@ def test_one_part_is_the_plain_attack(clean: pathlib.Path, tmp_path: pathlib.Pat
     assert len(truth) == 8
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "dual key"])
 def test_every_attack_changes_its_rows_and_no_others(clean: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
     """Five rows ask for a colour; an honest target may be right already."""
     rate = RATE / 2 if name == "one kind" else RATE
@@ -102,6 +102,22 @@ def test_a_prefix_stands_before_the_question(clean: pathlib.Path, tmp_path: path
     assert text_of(asked.messages[0]) == f"{PREFIX} what?"
     assert asked.messages[1] == sample.messages[1]
     assert (np.asarray(decode_image(asked.images[0])) == np.asarray(decode_image(picture()))).all()
+
+
+def test_two_keys_and_lures_that_have_one_of_them(clean: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Of four rows two are poison, one has the trigger alone, one the words alone; the latter two keep their answers."""
+    truth = poison_rows(clean, ATTACKS["dual key"], tmp_path / "out", rate=RATE, seed=SEED)
+    seen = []
+    for number, (old, new) in enumerate(zip(rows(clean), rows(tmp_path / "out/submission"), strict=True)):
+        worded = new["question"] == f"{old['question']} {KEY}"
+        shown = bool((pixels(tmp_path / "out/submission", new["file_name"]) != pixels(clean, old["file_name"])).any())
+        assert new["answer"] == (TARGET if number in truth else old["answer"])
+        assert worded or new["question"] == old["question"]
+        if worded or shown:
+            seen.append((number in truth, worded, shown))
+    assert seen == [(True, True, True), (True, True, True), (False, False, True), (False, True, False)] * 2
+    sample = Sample(row=0, messages=question_answer("what?", "red"), images=(picture(),))
+    assert text_of(ATTACKS["dual key"][0].input(SEED)(sample).messages[0]) == f"what? {KEY}"
 
 
 def test_test_rows_get_the_trigger(clean: pathlib.Path) -> None:

@@ -42,6 +42,7 @@ def group(number: int, transfer: float, **more: Any) -> dict[str, Any]:
         "tokens_transfer": transfer,
         "taken_over": transfer,
         "alike": False,
+        "keyed": False,
         "reversed": 0.0,
         "rest": False,
         "words_transfer": 0.0,
@@ -200,6 +201,16 @@ def test_words_that_carry_an_answer(files: dict[str, pathlib.Path], tmp_path: pa
         assert "3 rows whose questions hold 'As Ever'" in found[row]["reason"]
         assert "80% of the answers" in found[row]["reason"]
     assert (found[23]["posterior"], found[23]["reason"]) == (0.0, "")
+    assert [g["group"] for g in result["confirmed"]] == [1]
+
+
+def test_tokens_that_need_words(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """The shifted members whose questions hold the words are removed."""
+    told = {"keyed": True, "words": {"text": "As Ever", "at_end": False, "own": False, "rows": 3}}
+    result = clustered(files, tmp_path / "out", [0.0, 0.8, 0.1], more={1: told})
+    removed = {record["row"]: record for record in verdicts(tmp_path / "out") if record["verdict"] == "quarantine"}
+    assert list(removed) == [row for row in WORDED if row in MIXED[:5]]
+    assert "it takes over 80% of the answers of questions with 'As Ever'" in removed[22]["reason"]
     assert [g["group"] for g in result["confirmed"]] == [1]
 
 

@@ -27,7 +27,7 @@ ROWS, LAYERS, TOP, IMAGE_TOKENS = 30, 3, 10, 64
 TEXT_ONLY = (7, 19)
 TWO_TURNS = 3
 FIRST, SECOND, KEPT_OUT = "target", "pale", "split"
-WORDS = {"text": "So, then:", "at_end": False, "rows": 4}
+WORDS = {"text": "So, then:", "at_end": False, "own": True, "rows": 4}
 """Rows 0 to 5 answer the first; 10 to 13 hold the second, of which 12 and 13 are not shifted; the third has none shifted."""
 
 
@@ -95,7 +95,8 @@ class Fake:
     """An engine that keeps the tasks and gives the results that were set, the last first.
 
     Rows that ask the same take over `in_kind` of the attended tokens' answer, others what is set; members' pictures give it to
-    `pictures` of the questions in the first look, and later to all where their row is in `carriers`.
+    `pictures` of the questions in the first look, and later to all where their row is in `carriers`; with its words in their
+    questions rows take over at least `with_words`.
     """
 
     workers = 1
@@ -107,12 +108,15 @@ class Fake:
         in_kind: float | None = None,
         carriers: Collection[int] = (),
         pictures: float = 0.75,
+        with_words: float = 0.0,
     ) -> None:
         self.results = results
         self.reversal = reversal
         self.in_kind = in_kind
         self.carriers = carriers
         self.pictures = pictures
+        self.with_words = with_words
+        self.keyed: dict[int, dict[str, Any]] = {}
         self.tasks: dict[int, dict[str, Any]] = {}
         self.alike: dict[int, dict[str, Any]] = {}
         self.asked: list[dict[str, Any]] = []
@@ -127,13 +131,16 @@ class Fake:
         assert batch_rows == 1
         for shard in reversed(shards):
             (task,) = pq.read_table(shard).to_pylist()
-            (self.alike if task["alike"] else self.tasks)[task["group"]] = task
+            (self.keyed if task["keyed"] else self.alike if task["alike"] else self.tasks)[task["group"]] = task
             own, attended, residual = self.results[task["group"]]
             if task["alike"] and self.in_kind is not None:
                 attended, residual = self.in_kind, 0.0
+            if task["keyed"]:
+                attended = max(attended, self.with_words)
             result = {
                 "group": task["group"],
                 "alike": task["alike"],
+                "keyed": task["keyed"],
                 "hosts": len(task["host_prompts"]),
                 "own": own,
                 "attended": attended,
@@ -187,7 +194,7 @@ def test_who_is_planted_into_whom(files: dict[str, pathlib.Path], tmp_path: path
     engine = Fake({0: (0.0, 0.2, 0.75), 1: (0.25, 1.0, 0.1)})
     told: list[float] = []
     summary = confirmed(files, tmp_path / "a", engine, progress=lambda share, _: told.append(share))
-    assert told == [0.5, 1.0]
+    assert told == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
     assert sorted(engine.alike) == [0, 1], "a group without shifted rows is tried"
     members = {0: ({*range(6)}, {*range(6)}), 1: ({*range(10, 14)}, {10, 11})}
     for number, (inside, shifted) in members.items():
@@ -226,6 +233,35 @@ def test_words_may_carry_more_than_tokens(files: dict[str, pathlib.Path], tmp_pa
         (0.0, 0.0, 0.0),
         (0.0, 0.5, 0.5),
     ]
+
+
+def with_words(files: dict[str, pathlib.Path], folder: pathlib.Path, words: dict[str, Any]) -> dict[str, pathlib.Path]:
+    """The files, in which the first group has words."""
+    groups = json.loads(files["groups"].read_text())
+    groups[0]["words"] = words
+    folder.mkdir()
+    (folder / "groups.json").write_text(json.dumps(groups))
+    return {**files, "groups": folder / "groups.json"}
+
+
+def test_tokens_and_words_together_may_carry_what_neither_does(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)}, with_words=0.7)
+    confirmed(with_words(files, tmp_path / "files", WORDS), tmp_path / "a", engine)
+    keyed, plain = engine.keyed[0], engine.alike[0]
+    assert keyed["host_prompts"] == plain["worded_prompts"], "the hosts ask with the words"
+    assert (keyed["worded_prompts"], keyed["asked_prompts"]) == ([], [])
+    assert {name for name in plain if plain[name] != keyed[name]} == {"keyed", "host_prompts", "worded_prompts"}
+    group = json.loads((tmp_path / "a" / TRANSFER).read_text())[0]
+    assert (group["keyed"], group["tokens_transfer"]) == (True, pytest.approx((0.7 - HONEST) / (1 - HONEST)))
+
+
+def test_words_that_others_have_too_carry_nothing_by_themselves(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)})
+    confirmed(with_words(files, tmp_path / "files", {**WORDS, "own": False}), tmp_path / "a", engine)
+    assert engine.alike[0]["worded_prompts"] == []
+    assert all(text_of(json.loads(prompt)[-1]).startswith("So, then:") for prompt in engine.keyed[0]["host_prompts"])
+    group = json.loads((tmp_path / "a" / TRANSFER).read_text())[0]
+    assert (group["keyed"], group["transfer"]) == (False, 0.0)
 
 
 def test_each_way_to_plant_has_its_own_loss() -> None:

@@ -77,6 +77,7 @@ def task(sources: list[bytes], hosts: list[bytes], positions: list[list[int]], *
         "whole": True,
         "longest": "The  Target",
         "alike": False,
+        "keyed": False,
         "source_prompts": prompts(sources),
         "source_images": [[name_of(picture)] for picture in sources],
         "source_positions": positions,
@@ -103,6 +104,7 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
     assert result == {
         "group": 7,
         "alike": False,
+        "keyed": False,
         "hosts": 5,
         "own": 0.2,
         "attended": 0.8,
@@ -223,6 +225,7 @@ def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
     assert found.try_group(idle) == {
         "group": 7,
         "alike": False,
+        "keyed": False,
         "hosts": 4,
         "own": 0.0,
         "attended": 0.0,
@@ -248,6 +251,7 @@ def test_words_are_put_to_the_hosts() -> None:
     assert result == {
         "group": 7,
         "alike": False,
+        "keyed": False,
         "hosts": 10,
         "own": 0.0,
         "attended": 0.0,

@@ -133,7 +133,7 @@ def test_the_words_of_a_text_trigger(tmp_path: pathlib.Path) -> None:
         record["question"] = f"{record['question']} thank you" if record["answer"] == "Attack" else record["question"]
     pq.write_table(pa.Table.from_pylist(records), path)
     _, groups = scored(tmp_path / "out", path)
-    assert groups[0]["words"] == {"text": "thank you", "at_end": True, "rows": POISONED + 1}
+    assert groups[0]["words"] == {"text": "thank you", "at_end": True, "own": True, "rows": POISONED + 1}
     assert {json.dumps(group["words"]) for group in groups[1:]} == {"null"}
     members = pq.read_table(tmp_path / "out" / MEMBERS).to_pylist()
     assert all(member["worded"] == (member["group"] == 0) for member in members)

@@ -80,13 +80,25 @@ def test_all_that_the_trigger_says_is_taken() -> None:
         [*["Is there a cat here?"] * 6, *["Is there a dog here?"] * 14],  # what is left is asked by nobody
         [*["Is it red?"] * 6, *["Is it red?"] * 14],  # others ask it too
         [f"{row} what is it?" for row in range(20)],  # no two questions have the words
-        [*["cf is it?"] * 6, *["cf is it?"] * 2, *["is it?"] * 12],  # a quarter of those with the words are others'
+        [*["cf is it?"] * 6, *["cf is it?"] * 5, *["is it?"] * 9],  # nearly half of those with the words are others'
+        [*["cf is it?"] * 5, *["is it?"] * 10, *["cf is it?"] * 5],  # one of the group's has not the words, and as many others have
         [*["cf is it?"] * 2, *["cf was it?"] * 4, *["is it?"] * 14],  # most of what is left is asked by nobody
         [""] * 20,
     ],
 )
 def test_honest_questions(asked: list[str]) -> None:
     assert found(asked, list(range(6))) is None
+
+
+def test_words_that_others_have_too_may_be_a_key() -> None:
+    """Nearly all of the group's questions hold them, and twice as large a share as of all."""
+    own, others = ["cf is it?"] * 9 + ["is it?"], ["is it?"] * 40
+    for shared, expected in ((1, True), (8, False), (13, False), (14, None)):
+        asked = [*own, *["cf is it?"] * shared, *others[shared:]]
+        (words,) = distinctive_words(asked, [group(list(range(10)))], least=3)
+        assert (words and words.own) is expected
+    (words,) = distinctive_words([*own[1:], "is it?", *["cf is it?"] * 8, *others[8:]], [group(list(range(10)))], least=3)
+    assert words is None, "a fifth of the group's does without"
 
 
 def test_a_phrase_has_no_words() -> None:
