@@ -20,7 +20,7 @@ from stages.score.groups import Group, largest, shared_answers
 from stages.score.shift import SharedShift, head_features, shared_shift, shift_size, whiten, within_questions
 from stages.score.words import Words, distinctive_words
 
-VERSION = 7
+VERSION = 8
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"
@@ -83,11 +83,11 @@ def run(
             sizes.append(shift_size(whitened, group))
             progress((index + 1) / len(groups), f"{index + 1} of {len(groups)} groups of answers")
     first = sorted(range(len(groups)), key=lambda index: (-sizes[index], groups[index].text))[: config.candidates]
-    kept = [(groups[index], shared_shift(whitened, groups[index], seed)) for index in first]
+    kept = [(groups[index], shared_shift(whitened, groups[index], seed, least=config.least_rows)) for index in first]
     words = distinctive_words(table.question, [group for group, _ in kept], least=config.least_rows)
     others = [rest for group, shift in kept if len((rest := _unshifted(group, shift)).members) >= config.least_rows]
     shifted = len(kept)
-    kept += [(group, shared_shift(whitened, group, seed)) for group in others]
+    kept += [(group, shared_shift(whitened, group, seed, least=config.least_rows)) for group in others]
     words += [None] * len(others)
     described = [
         {**_describe(number, *kept[number], words[number], table.entropy), "rest": number >= shifted} for number in range(len(kept))

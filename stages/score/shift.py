@@ -170,13 +170,14 @@ def shift_size(whitened: np.ndarray, group: Group) -> float:
     return float(np.sqrt(whole / max(_LEAST_WITHIN, 1 - share * whole)))
 
 
-def shared_shift(whitened: np.ndarray, group: Group, seed: int) -> SharedShift:
+def shared_shift(whitened: np.ndarray, group: Group, seed: int, *, least: int) -> SharedShift:
     """Measure one group.
 
     Args:
         whitened: float (examples, dimensions), of mean 0, as `whiten` gives it.
         group: at least two of them, and not all.
         seed: of the mixture.
+        least: fewest members of a shifted part; a group that has less of one is shifted as a whole.
     """
     count, total = len(group.members), _total(whitened, group)
     rest = -total / (len(whitened) - count)
@@ -189,7 +190,9 @@ def shared_shift(whitened: np.ndarray, group: Group, seed: int) -> SharedShift:
     posterior = np.ones(count)
     if fit is not None and fit.bic_gain > 0 and fit.separation >= _SPLIT_SEPARATION:
         low, high = fit.means  # the tails of unequal components would cross again beyond their means
-        posterior = np.where(projection <= low, 0.0, np.where(projection >= high, 1.0, 1 - fit.posterior))
+        parted = np.where(projection <= low, 0.0, np.where(projection >= high, 1.0, 1 - fit.posterior))
+        if (parted > 0.5).sum() >= least:
+            posterior = parted
     return SharedShift(size=shift_size(whitened, group), projection=projection, posterior=posterior)
 
 
