@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
@@ -174,7 +175,7 @@ def run_suite(
     failed = []
     context = multiprocessing.get_context("spawn")
     number_of, tasks = (1, 1) if suite.timed else (workers, None)
-    with ProcessPoolExecutor(number_of, mp_context=context, initializer=_one_thread, max_tasks_per_child=tasks) as pool:
+    with ProcessPoolExecutor(number_of, mp_context=context, initializer=_set_up_worker, max_tasks_per_child=tasks) as pool:
         running = {pool.submit(_run_cell, suite, setting, cell, tuple(only)): cell for cell in cells}
         for number, future in enumerate(as_completed(running), 1):
             cell = running[future]
@@ -351,10 +352,19 @@ def _noted(path: pathlib.Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def _one_thread() -> None:
-    """Workers of one bench share the cores; more threads than cores make training several times slower."""
+def _set_up_worker() -> None:
+    """Workers of one bench share the cores; more threads than cores make training several times slower. They end with the bench."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without a bench to take its result a cell would go on for minutes, beside one that makes it anew."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_cell(suite: Suite, setting: Setting, cell: Cell, only: Sequence[str]) -> int:

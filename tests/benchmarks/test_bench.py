@@ -6,7 +6,10 @@ import dataclasses
 import io
 import json
 import math
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Self
@@ -420,3 +423,32 @@ def test_purification_in_miniature(place: pathlib.Path, tiny_base: pathlib.Path)
     assert found["flagged"].notna().tolist() == [False, True, False, False, False]
     assert len(list((place / "restorers").glob("*.safetensors"))) == 2
     assert "## The guard" in (place / "purification.md").read_text()
+
+
+ORPHAN = """
+import multiprocessing, os, time
+from benchmarks.bench import _set_up_worker
+
+def cell(said):
+    _set_up_worker()
+    said.send(os.getpid())
+    time.sleep(120)
+
+if __name__ == "__main__":
+    heard, said = multiprocessing.Pipe(duplex=False)
+    multiprocessing.get_context("spawn").Process(target=cell, args=(said,)).start()
+    print(heard.recv(), flush=True)
+    time.sleep(120)
+"""
+
+
+def test_a_cell_ends_with_the_bench(tmp_path: pathlib.Path) -> None:
+    """Also with one that is killed: its pipes close, and that of its worker's output with them."""
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(bench.__file__).parents[1])}
+    command = [sys.executable, str(tmp_path / "orphan.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as whole:
+        assert whole.stdout is not None
+        assert int(whole.stdout.readline()) != whole.pid
+        whole.kill()
+        whole.communicate(timeout=60)  # returns when nobody holds the pipe any more
