@@ -81,22 +81,39 @@ def distinctive_words(questions: Sequence[str], groups: Sequence[Group], *, leas
     for group in groups:
         held_by = counts[group.members]
         inside = np.asarray(held_by.sum(axis=0)).ravel()
-        size, enough = len(group.members), (inside >= least) & group.whole
-        own = enough & (inside >= _OWN * everywhere)
-        keys = enough & ~own & (inside >= _OWN * size) & (inside * len(plain) >= _LIFT * size * everywhere)
-        tried = [k for kind in (own, keys) for k in _first(np.flatnonzero(kind).tolist(), inside, runs)]
+        tried = _tried(inside, everywhere, len(group.members), len(plain), least, runs) if group.whole else []
         members = group.members.tolist()
         inner, asking, texts = ([those[number] for number in members] for those in (plain, asks, questions))
         asked = everyone - collections.Counter(asking) if tried else everyone
-        candidates = ((k, held_by[:, [k]].toarray().ravel() > 0) for k in tried)
-        needless = ((k, held) for k, held in candidates if _needless(inner, asking, runs[k].split(), held, asked))
-        found.append(next((_written(texts, inner, runs[k].split(), held, own=bool(own[k])) for k, held in needless), None))
+        candidates = ((runs[k].split(), own, held_by[:, [k]].toarray().ravel() > 0) for k, own in tried)
+        needless = ((run, own, held) for run, own, held in candidates if _needless(inner, asking, run, held, asked))
+        found.append(next((_written(texts, inner, run, held, own=own) for run, own, held in needless), None))
     return found
 
 
-def _first(numbers: list[int], inside: np.ndarray, runs: Sequence[str]) -> list[int]:
-    """Of some runs of words those that are tried: the most common first, of equally common ones the longest."""
-    return sorted(numbers, key=lambda k: (-inside[k], -len(runs[k].split()), runs[k]))[:_TRIED]
+def _tried(
+    inside: np.ndarray, everywhere: np.ndarray, members: int, examples: int, least: int, runs: Sequence[str]
+) -> list[tuple[int, bool]]:
+    """The runs of words of a group that are tried, and whether they are its own; else they are keys.
+
+    Args:
+        inside: int (runs,), how many of the group's questions hold each.
+        everywhere: int (runs,), how many of all questions do.
+        members: the group's questions.
+        examples: all questions.
+        least: see `distinctive_words`.
+        runs: the words.
+
+    Returns:
+        Numbers of runs: the group's own first; of either kind the most common first, of equally common ones the longest.
+    """
+    own = (inside >= least) & (inside >= _OWN * everywhere)
+    keys = (inside >= least) & (inside >= _OWN * members) & (inside * examples >= _LIFT * members * everywhere) & ~own
+    tried: list[tuple[int, bool]] = []
+    for kind in (own, keys):
+        order = sorted(np.flatnonzero(kind).tolist(), key=lambda k: (-inside[k], -len(runs[k].split()), runs[k]))
+        tried += [(k, kind is own) for k in order[:_TRIED]]
+    return tried
 
 
 def _needless(plain: Sequence[str], asking: Sequence[str], run: list[str], held: np.ndarray, asked: Mapping[str, int]) -> bool:
