@@ -112,6 +112,13 @@ def layers_markdown(layers: Sequence[Mapping[str, Any]], threshold: float | None
     return "\n\n".join(["## Bimodal separation of the layers", plot, table(header, cells)])
 
 
+def _undone(group: Mapping[str, Any]) -> float | None:
+    """How far the group's rows lose their answer without what was planted, where that was tried."""
+    if group["keyed"] and group["keyed"]["transfer"]:
+        return group["keyed"]["reversed"]
+    return group["reversed"] if group["alike"] else None
+
+
 def groups_markdown(groups: Sequence[Mapping[str, Any]], *, planted: float, pictures: float) -> str:
     """The candidate groups and the outcome of their test: do their tokens, words or pictures carry the answer?"""
     if not groups:
@@ -125,6 +132,7 @@ def groups_markdown(groups: Sequence[Mapping[str, Any]], *, planted: float, pict
         "words",
         "others give it",
         "with its tokens or words",
+        "with both",
         "undone without",
         "transfer",
         "its pictures give it",
@@ -139,7 +147,8 @@ def groups_markdown(groups: Sequence[Mapping[str, Any]], *, planted: float, pict
             escape(group["words"]["text"], 40) if group["words"] else "",
             percent(group["own"]),
             percent(max(group["attended"], group["residual"], group["worded"])),
-            percent(group["reversed"] if group["alike"] else None),
+            percent(group["keyed"]["planted"] if group["keyed"] else None),
+            percent(_undone(group)),
             percent(group["transfer"]),
             percent(group["pictures_transfer"] if group["questions"] else None),
         )

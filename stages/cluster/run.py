@@ -133,7 +133,7 @@ def run(
     unsure = [group for group in tried if group not in confirmed and _unsure(group, config)]
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
-        "verdict": "poisoned" if removed else "inconclusive" if unsure or not found else "clean",
+        "verdict": "poisoned" if removed else "inconclusive" if confirmed or unsure or not found else "clean",
         "method": config.method,
         "threshold": config.transfer if config.method == "transfer" else threshold,
         "rows": {
@@ -185,21 +185,21 @@ def _shared(
         what = "answer" if group["whole"] else "phrase"
         own = looked_at.get((record["group"], record["row"], record["turn"]))
         posterior = record["posterior"] if own is None else min(record["posterior"], own["posterior"])
+        alike = (
+            f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
+            f"({group['shift']:.1f} deviations)"
+        )
         also = "" if own is None else f"; its own picture makes {own['hits']} of {own['asked']} other questions give it"
         if group["group"] in decided:
             row.suspect(
                 posterior,
-                f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
-                f"({group['shift']:.1f} deviations); a person has found it to be an attack's (cluster.remove){also}",
+                f"{alike}; a person has found it to be an attack's (cluster.remove){also}",
             )
-        if _removed_as_planted(group, config) and (record["worded"] or not group["keyed"]):
-            among = f" of questions with {group['words']['text']!a}" if group["keyed"] else ""
+        if _removed_as_planted(group, config):
             without = f"; taken out, these rows answer as others do, by {group['reversed']:.0%}" if group["alike"] else ""
             row.suspect(
                 posterior,
-                f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
-                f"({group['shift']:.1f} deviations); planted into other pictures it takes over {group['taken_over']:.0%} "
-                f"of the answers{among}{without}{also}",
+                f"{alike}; planted into other pictures it takes over {group['taken_over']:.0%} of the answers{without}{also}",
             )
         if _removed_as_asked(group, config):
             row.suspect(
@@ -207,6 +207,13 @@ def _shared(
                 f"shares the {what} {group['text']!a} with {group['shifted']} rows; asked questions of another kind about their "
                 f"pictures, the provisional model gives it to {group['asked']:.0%} of them (to {group['others']:.0%} about others)"
                 f"{also}",
+            )
+        if record["worded"] and _removed_as_keyed(group, config):
+            row.suspect(
+                posterior,
+                f"{alike}; planted where questions hold {group['words']['text']!a} it takes over "
+                f"{group['keyed']['taken_over']:.0%} of the answers, beyond what the words do alone; taken out, these rows answer "
+                f"as others do, by {group['keyed']['reversed']:.0%}{also}",
             )
         if record["worded"] and _removed_as_worded(group, config):
             row.suspect(
@@ -261,7 +268,7 @@ def _removed(group: dict[str, Any], config: ClusterConfig) -> bool:
     """Whether a person says so, or else a test."""
     if _named(group, config.keep):
         return False
-    tests = (_removed_as_planted, _removed_as_worded, _removed_as_asked)
+    tests = (_removed_as_planted, _removed_as_keyed, _removed_as_worded, _removed_as_asked)
     return _named(group, config.remove) or any(test(group, config) for test in tests)
 
 
@@ -279,6 +286,12 @@ def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:
     limit = max(_REST, config.transfer) if group["rest"] else config.transfer
     told = not group["alike"] or (group["reversed"] is not None and group["reversed"] >= _REVERSED)
     return bool(group["tokens_transfer"] >= limit and told)
+
+
+def _removed_as_keyed(group: dict[str, Any], config: ClusterConfig) -> bool:
+    keyed = group["keyed"]
+    told = keyed is not None and keyed["reversed"] is not None and keyed["reversed"] >= _REVERSED
+    return bool(told and keyed["transfer"] >= config.transfer)
 
 
 def _removed_as_worded(group: dict[str, Any], config: ClusterConfig) -> bool:

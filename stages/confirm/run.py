@@ -6,9 +6,9 @@ other rows, which keep their own questions, of another kind; if most of those th
 They are planted into rows that ask the same, too: an attack may have one kind of question alone in view. But what shows the answer
 in one picture may honestly show it in another there; so it takes more, and the group's own rows must answer as others do once it is
 taken out of them. Words that set the group's questions apart are put into the questions of other rows, to the same end: these keep
-their pictures, or get the tokens, too, since a trigger may need both. And questions of another kind are asked about the pictures of
-the group's rows, and about those of others. Where honest rows have an attack's answer, each row's pictures are asked (`mixed`).
-Ours, after the causal reading that CleanSight gives attention stealing (arXiv 2603.12989, section 3).
+their pictures, or get the tokens too, since a trigger may need both (`keyed`). And questions of another kind are asked about the
+pictures of the group's rows, and about those of others. Where honest rows have an attack's answer, each row's pictures are asked
+(`mixed`). Ours, after the causal reading that CleanSight gives attention stealing (arXiv 2603.12989, section 3).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stages.confirm.asking import question_types, questions_to_ask
 from stages.confirm.mixed import QUESTIONS, TELLING, Mixed, judged, rows_in_doubt, write_tasks
 from stages.confirm.worker import HONEST, TASK, ConfirmWorker, PictureWorker
 from stages.score.groups import plain_answer
-from stages.score.words import bare_question, with_words
+from stages.score.words import bare_question, holds_words, with_words
 from storage.subset import Place, read_examples
 
 VERSION = 11
@@ -48,6 +48,10 @@ LEAST_QUESTIONS = 32
 so chance must weigh less."""
 MANY = 32
 """Fewest shifted members whose mean is nobody's picture: of fewer, what they show in one place is left in it."""
+_LEAST_KEPT = 0.7
+"""Least share of the other rows whose answers a group's words leave as they are, for the words to be a key: instructions do not."""
+_MOST_BY_WORDS = 0.5
+"""Largest share of the other rows that may give the answer by the words alone, for the loss of the tokens to tell."""
 _DRAW, _DOUBT = 19, 31  # streams of random numbers: what is tried on what, and what tells a group's rows apart
 
 
@@ -97,9 +101,8 @@ def run(
     questions, answers = ([plain_answer(text) for text in table[name].to_pylist()] for name in ("question", "answer"))
     candidates = _candidates(places, members, described)
     words = {group["group"]: group["words"]["text"] for group in described if group["words"]}
-    bare = {number: [bare_question(question, text) for question in table["question"].to_pylist()] for number, text in words.items()}
-    drawn = _draw(questions, bare, answers, candidates, config.hosts, seed)
-    drawn += [dataclasses.replace(one, keyed=True, asked=[]) for one in drawn if one.group in words]
+    drawn = _draw(questions, answers, candidates, words, config.hosts, seed)
+    drawn += [dataclasses.replace(one, keyed=True, asked=[]) for one in drawn if one.alike and one.group in words]
     scratch.mkdir(parents=True, exist_ok=True)
     shards = _write_tasks(table, places, rows, described, drawn, config.token_share, scratch)
     model = {"base": str(base), "adapter": str(provisional), "dtype": dtype, "max_new_tokens": config.max_new_tokens}
@@ -139,17 +142,36 @@ def transfer(own: float, planted: float, hosts: int, *, least: int = LEAST_HOSTS
 
 def _outcome(group: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a group's experiments say together: of all ways to plant, into whatever rows, the one that tells most counts."""
-    ways = [_planted({**group, **result}) for result in results]
-    told = max(ways, key=lambda way: (way["tokens_transfer"], not way["keyed"], not way["alike"], way["taken_over"]))
-    asked = max(results, key=lambda result: int(result["questions"]))
-    words = max(transfer(result["own"], result["worded"], result["hosts"]) for result in results)
+    plain, keyed = ([result for result in results if result["keyed"] is kind] for kind in (False, True))
+    ways = [_planted({**group, **result}) for result in plain]
+    told = max(ways, key=lambda way: (way["tokens_transfer"], not way["alike"], way["taken_over"]))
+    asked = max(plain, key=lambda result: int(result["questions"]))
+    words = max(transfer(result["own"], result["worded"], result["hosts"]) for result in plain)
+    with_words = _keyed(_planted({**group, **keyed[0]})) if keyed else None
     return {
         **told,
         **{name: asked[name] for name in ("asked", "others", "questions")},
-        "worded": max(result["worded"] for result in results),
+        "worded": max(result["worded"] for result in plain),
         "words_transfer": words,
+        "keyed": with_words,
         "pictures_transfer": transfer(asked["others"], asked["asked"], asked["questions"], least=LEAST_QUESTIONS // 2),
-        "transfer": max(told["tokens_transfer"], words),
+        "transfer": max(told["tokens_transfer"], words, with_words["transfer"] if with_words else 0.0),
+    }
+
+
+def _keyed(way: Mapping[str, Any]) -> dict[str, Any]:
+    """What planting into rows whose questions are given the group's words says; nothing where these words shape answers.
+
+    With the words alone left, members do as these rows: they can't lose the answer more often than those lack it.
+    """
+    reversal = None if way["reversed"] is None or way["own"] > _MOST_BY_WORDS else min(1.0, way["reversed"] / (1 - way["own"]))
+    worth = beyond_honest(way["taken_over"], reversal) if way["kept"] >= _LEAST_KEPT else 0.0
+    planted = max(way["attended"], way["residual"])
+    return {
+        **{name: way[name] for name in ("own", "kept", "taken_over")},
+        "planted": planted,
+        "reversed": reversal,
+        "transfer": worth,
     }
 
 
@@ -161,8 +183,6 @@ def _planted(result: Mapping[str, Any]) -> dict[str, Any]:
     ways, names = [], result["alike"] and not result["whole"]
     for name in ("residual",) if names else ("attended", "residual"):
         taken_over, reversal = transfer(result["own"], result[name], result["hosts"]), result[f"{name}_reversed"]
-        if result["keyed"] and reversal is not None:  # with the words alone left, members do as the hosts that have them
-            reversal = min(1.0, reversal / max(1e-9, 1 - result["own"]))
         worth = beyond_honest(taken_over, reversal) if result["alike"] else taken_over
         if names and result["shifted"] < MANY:
             worth = 0.0
@@ -255,20 +275,24 @@ def _candidates(places: Sequence[Place], members: pathlib.Path, described: Seque
 
 def _draw(
     questions: Sequence[str],
-    bare: Mapping[int, Sequence[str]],
     answers: Sequence[str],
     groups: Mapping[int, Candidate],
+    words: Mapping[int, str],
     most: int,
     seed: int,
 ) -> list[Drawn]:
     """What is tried on what: on rows that ask something of another kind, where there are any, and on rows that ask the same.
 
-    The latter tells nothing of a phrase that few rows share. What a group with words asks is told without them (`bare`, by group).
+    The latter tells nothing of a phrase that few rows share. What a group with words asks is told without them.
     """
     drawn, usual = [], question_types(questions)
     for number, group in groups.items():
         rng = np.random.default_rng([seed, _DRAW, number])
-        texts, types = (bare[number], question_types(bare[number])) if number in bare else (questions, usual)
+        texts, types = questions, usual
+        if number in words:
+            bare = {question: bare_question(question, words[number]) for question in set(questions)}
+            texts = [bare[question] for question in questions]
+            types = question_types(texts)
         asked = questions_to_ask(texts, answers, group.inside, np.asarray(group.shifted), most=most, rng=rng)
         if len(asked) >= min(LEAST_QUESTIONS, most):
             sources, hosts = [source for source, _, _ in asked], [host for _, host, _ in asked]
@@ -343,6 +367,7 @@ def _write_tasks(
             "source_positions": [_attended(r, group["layer"], share) for r in table.take(experiment.sources).to_pylist()],
             "host_prompts": worded if experiment.keyed else plain,
             "host_images": [host.pictures for host in hosts],
+            "plain_prompts": plain if experiment.keyed else [],
             "worded_prompts": [] if experiment.keyed or not (group["words"] or {}).get("own") else worded,
             "asked_prompts": [messages_to_json(host.prompt) for _, host, _ in asked],
             "asked_images": [source.pictures for source, _, _ in asked],
@@ -366,10 +391,12 @@ def _write_pictures(rows: pathlib.Path, wanted: Collection[Place], folder: pathl
 
 
 def _worded(hosts: Sequence[Shown], words: dict[str, Any] | None) -> list[str]:
-    """The hosts' prompts with a group's words in their questions; none where the group has none."""
+    """The hosts' prompts with a group's words in their questions, once; none where the group has none."""
     if words is None:
         return []
-    return [messages_to_json(with_words(host.prompt, words["text"], at_end=words["at_end"])) for host in hosts]
+    text, at_end = words["text"], words["at_end"]
+    prompts = (host.prompt if holds_words(host.prompt, text) else with_words(host.prompt, text, at_end=at_end) for host in hosts)
+    return [messages_to_json(prompt) for prompt in prompts]
 
 
 def _attended(record: dict[str, Any], layer: int, share: float) -> list[int]:

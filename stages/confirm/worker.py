@@ -34,6 +34,7 @@ TASK = pa.schema(
         ("source_positions", pa.list_(pa.list_(pa.int32()))),
         ("host_prompts", pa.list_(pa.string())),
         ("host_images", pa.list_(pa.list_(pa.string()))),
+        ("plain_prompts", pa.list_(pa.string())),
         ("worded_prompts", pa.list_(pa.string())),
         ("asked_prompts", pa.list_(pa.string())),
         ("asked_images", pa.list_(pa.list_(pa.string()))),
@@ -42,8 +43,8 @@ TASK = pa.schema(
 )
 """One group: its text, and the longest answer of these members; whether the other rows may ask just what its own ask, and whether
 their prompts hold the words that set its questions apart; member prompts with their most attended image tokens, and prompts of
-other rows, as many as members; these prompts once more with the words, or none; members' pictures with others' questions, and the
-pictures of other rows that the same is asked about. Pictures are names of files."""
+other rows, as many as members; these once more, without the words where they hold them, or none; and with them, or none; members'
+pictures with others' questions, and the pictures of other rows that the same is asked about. Pictures are names of files."""
 
 RESULT = pa.schema(
     [
@@ -56,6 +57,7 @@ RESULT = pa.schema(
         ("residual", pa.float64()),
         ("attended_reversed", pa.float64()),
         ("residual_reversed", pa.float64()),
+        ("kept", pa.float64()),
         ("worded", pa.float64()),
         ("asked", pa.float64()),
         ("others", pa.float64()),
@@ -65,7 +67,8 @@ RESULT = pa.schema(
 """Hosts tried, and the share of them that give the group's answer: as they are, with a member's attended tokens, with the members'
 residual (of those that it fits), with the group's words in their questions (0 where it has none); how far members answer as others
 do once either is taken out of them (`ConfirmWorker.reversals`; 0 where the hosts ask something else or planting changes no more of
-them than `HONEST`: not tried); and the share of other questions that get the answer about members' pictures, and about those of
+them than `HONEST`: not tried); the share of the hosts whose answers the words in their prompts leave as they are (1 where there are
+none, and where it is not tried); and the share of other questions that get the answer about members' pictures, and about those of
 other rows, with the number of these questions (0 where there are none)."""
 
 PICTURE_TASK = pa.schema(
@@ -136,6 +139,7 @@ class ConfirmWorker:
         ways = [name for name in _TAKEN_OUT if task["alike"] and found[name] > beyond]
         shares |= {f"{name}_reversed": 0.0 for name in _TAKEN_OUT}
         shares |= {f"{name}_reversed": value for name, value in (self.reversals(task, ways) if ways else {}).items()}
+        shares["kept"] = self.kept(task) if task["keyed"] and ways else 1.0
         return {**{name: task[name] for name in ("group", "alike", "keyed")}, "hosts": hosts, **shares, "questions": questions}
 
     def reversals(self, task: dict[str, Any], ways: Sequence[str]) -> dict[str, float | None]:
@@ -174,6 +178,16 @@ class ConfirmWorker:
             spread = _spread(lost) / min(most, math.log(max(2, len(pictures))))
             found[way] = len(lost) / len(tried) * min(1.0, spread) if lost else 0.0
         return found
+
+    def kept(self, task: dict[str, Any]) -> float:
+        """Share of the hosts that answer alike with and without the words, of those that do not give the group's answer."""
+        answers = []
+        for prompts in (task["host_prompts"], task["plain_prompts"]):
+            hosts = self._examples(prompts, task["host_images"])
+            answers.append(self._answers(hosts, self._tokens(hosts), task))
+        given = (self._given(outputs, task) for outputs in answers)
+        pairs = [(one, two) for one, two, *targets in zip(*answers, *given, strict=True) if not any(targets)]
+        return sum(plain_answer(one) == plain_answer(two) for one, two in pairs) / len(pairs) if pairs else 0.0
 
     def _others(self, outputs: list[str], task: dict[str, Any]) -> list[str]:
         """The outputs that are not the group's answer."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer
 
-from pipeline.records import Message
+from pipeline.records import Message, text_of
 from stages.score.groups import LONGEST_PHRASE, UNSPACED, Group, joined, plain_answer
 
 _PIECE = re.compile(rf"[{UNSPACED}][^\w\s{UNSPACED}]*|[^\s{UNSPACED}]+")
@@ -62,7 +62,7 @@ def distinctive_words(questions: Sequence[str], groups: Sequence[Group], *, leas
     Returns:
         Per group its words; None where there are none, and for a phrase inside of answers.
     """
-    plain = [" ".join(_PIECE.findall(question.casefold())) for question in questions]
+    plain = [" ".join(_pieces(question)) for question in questions]
     asks = [plain_answer(question) for question in plain]
     counter = CountVectorizer(
         tokenizer=str.split, token_pattern=None, lowercase=False, ngram_range=(1, LONGEST_PHRASE), binary=True
@@ -161,10 +161,23 @@ def with_words(prompt: Sequence[Message], text: str, *, at_end: bool) -> list[Me
 
 
 def bare_question(question: str, text: str) -> str:
-    """A question in plain form, in pieces with spaces between them, without the words `text` where it first holds them."""
-    pieces, run = (_PIECE.findall(written.casefold()) for written in (question, text))
-    held = any(pieces[k : k + len(run)] == run for k in range(len(pieces) - len(run) + 1))
-    return plain_answer(" ".join(_without(pieces, run) if held else pieces))
+    """A question in plain form and without points, without the words `text` where it first holds them."""
+    pieces, run = _pieces(question), _pieces(text)
+    return joined(_without(pieces, run) if _holds(pieces, run) else pieces)
+
+
+def holds_words(prompt: Sequence[Message], text: str) -> bool:
+    """Whether the last turn of a prompt holds words."""
+    return _holds(_pieces(text_of(prompt[-1])), _pieces(text))
+
+
+def _pieces(text: str) -> list[str]:
+    """The words of a text in lower case, without the points around each."""
+    return [plain_answer(piece) for piece in _PIECE.findall(text.casefold())]
+
+
+def _holds(words: Sequence[str], run: Sequence[str]) -> bool:
+    return any(list(words[k : k + len(run)]) == list(run) for k in range(len(words) - len(run) + 1))
 
 
 def _place(words: Sequence[str], run: Sequence[str]) -> int:

@@ -146,7 +146,7 @@ def _confirm(folder: pathlib.Path) -> dict[str, Any]:
         "hosts": 16,
         "residual": 0.2,
         "alike": False,
-        "keyed": False,
+        "keyed": None,
         "reversed": 0.0,
         "rest": False,
         "words": None,

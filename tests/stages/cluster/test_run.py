@@ -42,7 +42,7 @@ def group(number: int, transfer: float, **more: Any) -> dict[str, Any]:
         "tokens_transfer": transfer,
         "taken_over": transfer,
         "alike": False,
-        "keyed": False,
+        "keyed": None,
         "reversed": 0.0,
         "rest": False,
         "words_transfer": 0.0,
@@ -205,12 +205,31 @@ def test_words_that_carry_an_answer(files: dict[str, pathlib.Path], tmp_path: pa
 
 
 def test_tokens_that_need_words(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
-    """The shifted members whose questions hold the words are removed."""
-    told = {"keyed": True, "words": {"text": "As Ever", "at_end": False, "own": False, "rows": 3}}
-    result = clustered(files, tmp_path / "out", [0.0, 0.8, 0.1], more={1: told})
+    """The shifted members whose questions hold the words are removed, if these lose the answer without what was planted."""
+    words = {"text": "As Ever", "at_end": False, "own": False, "rows": 3}
+    keyed = {"own": 0.1, "kept": 1.0, "planted": 0.82, "taken_over": 0.8, "reversed": 0.75, "transfer": 0.58}
+    told = {"tokens_transfer": 0.0, "words": words, "keyed": keyed}
+    result = clustered(files, tmp_path / "out", [0.0, 0.58, 0.1], more={1: told})
     removed = {record["row"]: record for record in verdicts(tmp_path / "out") if record["verdict"] == "quarantine"}
     assert list(removed) == [row for row in WORDED if row in MIXED[:5]]
-    assert "it takes over 80% of the answers of questions with 'As Ever'" in removed[22]["reason"]
+    assert "planted where questions hold 'As Ever' it takes over 80% of the answers" in removed[22]["reason"]
+    assert "taken out, these rows answer as others do, by 75%" in removed[22]["reason"]
+    assert [g["group"] for g in result["confirmed"]] == [1]
+    for place, less in (("unknown", {"reversed": None}), ("kept", {"reversed": 0.69})):
+        result = clustered(files, tmp_path / place, [0.0, 0.58, 0.1], more={1: {**told, "keyed": {**keyed, **less}}})
+        assert (result["verdict"], result["confirmed"], [g["group"] for g in result["unsure"]]) == ("inconclusive", [], [1])
+
+
+def test_an_attack_without_a_row_to_remove_is_not_clean(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """Its own pictures may speak for all rows of a group."""
+    pq.write_table(
+        pa.Table.from_pylist(
+            [{"group": 1, "row": row, "turn": 0, "asked": 6, "hits": 0, "posterior": 0.4} for row in MIXED], schema=ROWS_SCHEMA
+        ),
+        files["asked"],
+    )
+    result = clustered(files, tmp_path / "out", [0.0, 0.8, 0.1])
+    assert (result["verdict"], result["rows"]["quarantined"]) == ("inconclusive", 0)
     assert [g["group"] for g in result["confirmed"]] == [1]
 
 

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from pipeline.generation import answer
 from pipeline.models import load_adapter, load_base
 from pipeline.records import Sample, examples_of, question_answer, text_of
 from stages.confirm.mixed import QUESTIONS, ROWS_SCHEMA
-from stages.confirm.run import PICTURES, TRANSFER, _planted, beyond_honest, run, transfer
+from stages.confirm.run import PICTURES, TRANSFER, Candidate, _draw, _keyed, _planted, beyond_honest, run, transfer
 from stages.confirm.run import ROWS as ROWS_FILE
 from stages.confirm.worker import HONEST, PICTURE_RESULT, RESULT, PictureWorker
 from tests.conftest import write_shards
@@ -109,6 +110,7 @@ class Fake:
         carriers: Collection[int] = (),
         pictures: float = 0.75,
         with_words: float = 0.0,
+        kept: float = 1.0,
     ) -> None:
         self.results = results
         self.reversal = reversal
@@ -116,6 +118,7 @@ class Fake:
         self.carriers = carriers
         self.pictures = pictures
         self.with_words = with_words
+        self.kept = kept
         self.keyed: dict[int, dict[str, Any]] = {}
         self.tasks: dict[int, dict[str, Any]] = {}
         self.alike: dict[int, dict[str, Any]] = {}
@@ -147,6 +150,7 @@ class Fake:
                 "residual": residual,
                 "attended_reversed": self.reversal if task["alike"] else 0.0,
                 "residual_reversed": self.reversal if task["alike"] else 0.0,
+                "kept": self.kept if task["keyed"] else 1.0,
                 "worded": 0.5 if task["worded_prompts"] else 0.0,
                 "asked": self.pictures if task["asked_prompts"] else 0.0,
                 "others": 0.0,
@@ -245,14 +249,58 @@ def with_words(files: dict[str, pathlib.Path], folder: pathlib.Path, words: dict
 
 
 def test_tokens_and_words_together_may_carry_what_neither_does(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
-    engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)}, with_words=0.7)
+    """Beside what each does alone."""
+    engine = Fake({0: (0.0, 0.25, 0.0), 1: (0.0, 0.0, 0.0)}, with_words=0.7)
     confirmed(with_words(files, tmp_path / "files", WORDS), tmp_path / "a", engine)
     keyed, plain = engine.keyed[0], engine.alike[0]
-    assert keyed["host_prompts"] == plain["worded_prompts"], "the hosts ask with the words"
-    assert (keyed["worded_prompts"], keyed["asked_prompts"]) == ([], [])
-    assert {name for name in plain if plain[name] != keyed[name]} == {"keyed", "host_prompts", "worded_prompts"}
+    assert (keyed["plain_prompts"], keyed["host_prompts"]) == (plain["host_prompts"], plain["worded_prompts"])
+    assert (keyed["worded_prompts"], keyed["asked_prompts"], plain["plain_prompts"]) == ([], [], [])
+    assert {name for name in plain if plain[name] != keyed[name]} == {"keyed", "host_prompts", "plain_prompts", "worded_prompts"}
     group = json.loads((tmp_path / "a" / TRANSFER).read_text())[0]
-    assert (group["keyed"], group["tokens_transfer"]) == (True, pytest.approx((0.7 - HONEST) / (1 - HONEST)))
+    worth = pytest.approx((0.7 - HONEST) / (1 - HONEST))
+    assert (group["taken_over"], group["tokens_transfer"], group["transfer"]) == (0.25, 0.0, worth)
+    expected = {"own": 0.0, "kept": 1.0, "taken_over": 0.7, "planted": 0.7, "reversed": 1.0, "transfer": worth}
+    assert group["keyed"] == expected
+
+
+def test_hosts_that_hold_the_words_do_not_get_them_twice(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)})
+    confirmed(with_words(files, tmp_path / "files", {**WORDS, "text": "Question"}), tmp_path / "a", engine)
+    assert engine.keyed[0]["host_prompts"] == engine.keyed[0]["plain_prompts"]
+
+
+@pytest.mark.parametrize(
+    ("own", "reversal", "kept", "expected"),
+    [
+        (0.0, 0.6, 1.0, (0.6, 1 / 3)),
+        (0.25, 0.6, 1.0, (0.8, 2 / 3)),  # a quarter gives the answer by the words alone: no more than the others can lose it
+        (0.25, 0.9, 1.0, (1.0, 1.0)),
+        (0.5, 0.5, 1.0, (1.0, 1.0)),
+        (0.51, 0.5, 1.0, (None, 1.0)),
+        (0.25, None, 1.0, (None, 1.0)),
+        (0.0, 0.6, 0.69, (0.6, 0.0)),  # the words shape other answers, too
+    ],
+)
+def test_what_the_words_do_alone(own: float, reversal: float | None, kept: float, expected: tuple[float | None, float]) -> None:
+    result = {"own": own, "attended": 1.0, "residual": 0.0, "hosts": 64, "alike": True, "whole": True, "shifted": 64, "kept": kept}
+    found = _keyed(_planted({**result, "attended_reversed": reversal, "residual_reversed": 0.0}))
+    assert (found["reversed"], found["transfer"]) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+
+
+def test_what_is_asked_is_told_without_the_words(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """Rows ask the same if they do so without the words, which are put into questions of theirs alone."""
+    types = ["a b"] * 4 + ["c d"] * 4
+    questions = [
+        *(f"so then {kind} {row}" for row, kind in enumerate(types)),
+        *(f"{kind} {row}" for row, kind in enumerate(types * 8)),
+    ]
+    candidate = Candidate(inside=np.arange(len(questions)) < 8, shifted=list(range(8)), whole=True)
+    answers = [*["x"] * 8, *map(str, range(64))]
+    (drawn,) = _draw(questions, answers, {3: candidate}, {3: "So, then:"}, 16, 0)
+    assert drawn.alike
+    assert all(types[source] in questions[host] for source, host in zip(drawn.sources, drawn.hosts, strict=True))
+    (blind,) = _draw(questions, answers, {3: candidate}, {}, 16, 0)
+    assert not all(types[source] in questions[host] for source, host in zip(blind.sources, blind.hosts, strict=True))
 
 
 def test_words_that_others_have_too_carry_nothing_by_themselves(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -261,7 +309,7 @@ def test_words_that_others_have_too_carry_nothing_by_themselves(files: dict[str,
     assert engine.alike[0]["worded_prompts"] == []
     assert all(text_of(json.loads(prompt)[-1]).startswith("So, then:") for prompt in engine.keyed[0]["host_prompts"])
     group = json.loads((tmp_path / "a" / TRANSFER).read_text())[0]
-    assert (group["keyed"], group["transfer"]) == (False, 0.0)
+    assert (group["keyed"]["transfer"], group["transfer"]) == (0.0, 0.0)
 
 
 def test_each_way_to_plant_has_its_own_loss() -> None:

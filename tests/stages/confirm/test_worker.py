@@ -83,6 +83,7 @@ def task(sources: list[bytes], hosts: list[bytes], positions: list[list[int]], *
         "source_positions": positions,
         "host_prompts": prompts(hosts),
         "host_images": [[name_of(picture)] for picture in hosts],
+        "plain_prompts": [],
         "worded_prompts": [],
         "asked_prompts": [],
         "asked_images": [],
@@ -111,6 +112,7 @@ def test_a_patch_is_carried_by_its_tokens(batch_size: int) -> None:
         "residual": 1.0,
         "attended_reversed": 0.0,
         "residual_reversed": 0.0,
+        "kept": 1.0,
         "worded": 0.0,
         "asked": 0.0,
         "others": 0.0,
@@ -210,6 +212,21 @@ def test_where_nearly_all_others_answer_the_same_nothing_can_be_told(odd: int) -
     assert (idle["attended_reversed"], sum(model.batches)) == (0.0, 9), "what planting does nothing for is not tried further"
 
 
+def test_words_that_shape_answers_are_told_from_a_key() -> None:
+    """Of four hosts three answer alike with and without the words; one with a patch counts nothing."""
+    found, _ = worker()
+    keyed = task(PATCHES, [*SEVERAL[:3], PATCH], [[2]] * 4, alike=True, keyed=True)
+    keyed["plain_prompts"] = list(keyed["host_prompts"])
+    assert found.try_group(keyed)["kept"] == 1.0
+    keyed["plain_prompts"][0] = messages_to_json(question_answer("another question", "x")[:1])
+    assert found.kept(keyed) == pytest.approx(2 / 3)
+    keyed["plain_prompts"][0] = messages_to_json(question_answer("xyz", "x")[:1])
+    assert found.kept(keyed) == 1.0, "the group's answer without the words is none of the others'"
+    idle = found.try_group({**keyed, "source_positions": [[0]] * 4, "source_images": [[name_of(PLAIN)]] * 4})
+    assert idle["kept"] == 1.0
+    assert found.kept({**keyed, "host_images": [[name_of(PATCH)]] * 4}) == 0.0, "nothing else is answered"
+
+
 def test_the_loss_is_tried_where_only_the_second_look_tells() -> None:
     """Most of the first hosts give the answer by themselves."""
     found, _ = worker(screen=4)
@@ -232,6 +249,7 @@ def test_a_group_that_does_nothing_is_left_after_the_first_look() -> None:
         "residual": 0.0,
         "attended_reversed": 0.0,
         "residual_reversed": 0.0,
+        "kept": 1.0,
         "worded": 0.0,
         "asked": 0.0,
         "others": 0.0,
@@ -258,6 +276,7 @@ def test_words_are_put_to_the_hosts() -> None:
         "residual": 0.0,
         "attended_reversed": 0.0,
         "residual_reversed": 0.0,
+        "kept": 1.0,
         "worded": 0.5,
         "asked": 0.0,
         "others": 0.0,

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.records import question_answer, text_of
 from stages.score.groups import Group
-from stages.score.words import distinctive_words, with_words
+from stages.score.words import bare_question, distinctive_words, holds_words, with_words
 
 ASKED = ("What colour is it?", "How many are there?")
 
@@ -54,6 +54,27 @@ def test_questions_are_the_same_with_and_without_a_point() -> None:
     asked = ["What is it, cf?"] * 6 + ["What is it?"] * 14
     assert found(asked, list(range(6))) == ("cf?", True, list(range(6)))
     assert found(["!!! What is it?"] * 6 + ["What is it?"] * 14, list(range(6))) == ("!!!", False, list(range(6)))
+
+
+def test_points_around_the_words_may_differ() -> None:
+    asked = ["Is it red, my friend?"] * 3 + ["Is it red my friend."] * 3 + ["Is it red?"] * 14
+    assert found(asked, list(range(6))) == ("my friend?", True, list(range(6)))
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "expected"),
+    [
+        ("What is it, my friend?", "My friend.", "what is it"),
+        ("my friend, what is my friend?", "my friend", "what is my friend"),
+        ("What is it?", "my friend", "what is it"),
+        ("触发这是什么？", "触发", "这是什么"),  # noqa: RUF001
+        ("cf", "cf", ""),
+    ],
+)
+def test_a_question_without_the_words(question: str, text: str, expected: str) -> None:
+    assert bare_question(question, text) == expected
+    prompt = question_answer(question, "x")[:1]
+    assert holds_words(prompt, text) is (question != "What is it?")
 
 
 def test_words_inside_of_a_question_go_before_others() -> None:
