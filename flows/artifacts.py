@@ -115,8 +115,10 @@ def layers_markdown(layers: Sequence[Mapping[str, Any]], threshold: float | None
 def _undone(group: Mapping[str, Any]) -> float | None:
     """How far the group's rows lose their answer without what was planted, where that was tried."""
     if group["keyed"] and group["keyed"]["transfer"]:
-        return group["keyed"]["reversed"]
-    return group["reversed"] if group["alike"] else None
+        undone = group["keyed"]["reversed"]
+    else:
+        undone = group["reversed"] if group["alike"] else None
+    return None if undone is None else float(undone)
 
 
 def groups_markdown(groups: Sequence[Mapping[str, Any]], *, planted: float, pictures: float) -> str:
