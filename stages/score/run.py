@@ -20,7 +20,7 @@ from stages.score.groups import Group, largest, shared_answers
 from stages.score.shift import SharedShift, head_features, shared_shift, shift_size, whiten, within_questions
 from stages.score.words import Words, distinctive_words
 
-VERSION = 8
+VERSION = 9
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"
@@ -88,7 +88,7 @@ def run(
     others = [rest for group, shift in kept if len((rest := _unshifted(group, shift)).members) >= config.least_rows]
     shifted = len(kept)
     kept += [(group, shared_shift(whitened, group, seed, least=config.least_rows)) for group in others]
-    words += [None] * len(others)
+    words += distinctive_words(table.question, others, least=config.least_rows)
     described = [
         {**_describe(number, *kept[number], words[number], table.entropy), "rest": number >= shifted} for number in range(len(kept))
     ]
