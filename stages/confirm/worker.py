@@ -102,7 +102,10 @@ _LIKELY = 0.25
 _NOISE = 1
 """Changed hosts of the first look that count as chance: more of them give a group the second."""
 _LEAST_FIT = 8
-"""Fewest hosts that a residual must fit."""
+"""Fewest hosts that a residual must fit, and fewest different pictures that it must be of where the hosts ask the same: the mean of
+two pictures shows what these show."""
+_SAME = 0.1
+"""Share of the usual squared distance between pictures' tokens up to which two pictures are the same but for noise."""
 _LONGEST = 256
 """Tokens of an answer that are waited for; what is longer is held for given as far as it goes."""
 
@@ -205,7 +208,8 @@ class ConfirmWorker:
         given, taken = self._tokens(sources), self._tokens(hosts)
         attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"][:most], strict=True)]
         residual, usual = add_residual(taken, given), len(_usual(given))
-        fit = [k for k, tokens in enumerate(taken) if len(tokens) == usual]
+        tells = not task["alike"] or different_pictures(given, taken) >= _LEAST_FIT
+        fit = [k for k, tokens in enumerate(taken) if tells and len(tokens) == usual]
         worded = _examples(task["worded_prompts"][:most], [host.images for host in hosts]) if task["worded_prompts"] else []
         variants = {
             "own": (hosts, taken),
@@ -306,6 +310,23 @@ def add_residual(hosts: Sequence[torch.Tensor], sources: Sequence[torch.Tensor])
         return list(hosts)
     residual = usual - torch.stack(taken).mean(0)
     return [tokens + residual if len(tokens) == len(usual) else tokens for tokens in hosts]
+
+
+def different_pictures(pictures: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> int:
+    """How many pictures differ by more than noise, of those with the most common number of tokens.
+
+    Args:
+        pictures: their tokens, each (image tokens, width).
+        others: the tokens of other pictures, which tell how far apart pictures are.
+    """
+    length = len(_usual(pictures))
+    own, usual = ([tokens.flatten().float() for tokens in those if len(tokens) == length] for those in (pictures, others))
+    limit = _SAME * float(torch.nn.functional.pdist(torch.stack(usual)).square().median()) if len(usual) > 1 else 0.0
+    found: list[torch.Tensor] = []
+    for tokens in own:
+        if all(float((tokens - one).square().sum()) > limit for one in found):
+            found.append(tokens)
+    return len(found)
 
 
 def _usual(pictures: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from stages.confirm.worker import (
     ConfirmWorker,
     PictureWorker,
     add_residual,
+    different_pictures,
     given_as_far,
     plant,
 )
@@ -137,6 +138,25 @@ def test_a_residual_is_tried_on_the_pictures_that_it_fits() -> None:
     assert worker()[0].try_group(task([VEIL] * 12, few, [[0]] * 12))["residual"] == 0.0
 
 
+def test_pictures_that_differ() -> None:
+    """By more than a tenth of what other pictures differ by; all as long as most are."""
+    others = [torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([[6.0, 0.0], [0.0, 8.0]])]
+    near, far, longer = torch.tensor([[3.0, 1.0], [0.0, 0.0]]), torch.tensor([[3.3, 1.0], [0.0, 0.0]]), torch.zeros(3, 2)
+    assert different_pictures([others[0], near], others) == 1
+    assert different_pictures([others[0], far, near, others[0], longer], others) == 2
+    assert different_pictures([near, near, others[0]], []) == 2
+
+
+@pytest.mark.parametrize(("different", "alike", "expected"), [(8, True, 1.0), (7, True, 0.0), (7, False, 1.0)])
+def test_of_few_pictures_a_residual_tells_nothing_among_rows_that_ask_the_same(
+    different: int, alike: bool, expected: float
+) -> None:
+    """The mean of a scene and its copies shows the scene."""
+    sources = [bytes([60] * 5 + [60 + 4 * min(k, different - 1)]) for k in range(12)]
+    hosts = [bytes([1, 2, 3, 4, 5, k % 3]) for k in range(12)]
+    assert worker()[0].try_group(task(sources, hosts, [[0]] * 12, alike=alike))["residual"] == expected
+
+
 def test_an_answer_that_is_long_is_waited_for() -> None:
     found, model = worker()
     for longest, limit in (("a b", 5), (" ".join(["a"] * 40), 41), (" ".join(["a"] * 900), 256)):
@@ -209,7 +229,7 @@ def test_where_nearly_all_others_answer_the_same_nothing_can_be_told(odd: int) -
         assert found.try_group({**alike, "alike": True})["attended_reversed"] is None
     model.batches.clear()
     idle = found.try_group({**alike, "alike": True, "source_positions": [[0]] * 3, "source_images": [[name_of(PLAIN)]] * 3})
-    assert (idle["attended_reversed"], sum(model.batches)) == (0.0, 9), "what planting does nothing for is not tried further"
+    assert (idle["attended_reversed"], sum(model.batches)) == (0.0, 6), "what planting does nothing for is not tried further"
 
 
 def test_words_that_shape_answers_are_told_from_a_key() -> None:
