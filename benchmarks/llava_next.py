@@ -4,7 +4,7 @@
     python -m benchmarks run detection --base llava-next --seeds 1 --only attack=badnet --only rate=0.1 --out bench-next
 
 A picture is shown whole and again in tiles of 64 pixels, and every row of tokens of the tiles ends with a token that the base has
-not learnt and that starts at 0: a square picture of 64 pixels takes 136 image tokens in the place of 64, another shape takes others.
+not learnt and that starts at 0: a square picture of 64 pixels takes 136 image tokens in the place of 64, another shape others.
 """
 
 from __future__ import annotations
