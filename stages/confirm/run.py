@@ -37,7 +37,7 @@ from stages.score.groups import plain_answer
 from stages.score.words import bare_question, holds_words, with_words
 from storage.subset import Place, read_examples
 
-VERSION = 12
+VERSION = 13
 TRANSFER = "transfer.json"
 ROWS = "rows.parquet"
 PICTURES = "pictures"

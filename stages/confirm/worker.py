@@ -102,8 +102,9 @@ _LIKELY = 0.25
 _NOISE = 1
 """Changed hosts of the first look that count as chance: more of them give a group the second."""
 _LEAST_FIT = 8
-"""Fewest hosts that a residual must fit, and fewest different pictures that it must be of where the hosts ask the same: the mean of
-two pictures shows what these show."""
+"""Fewest hosts that a residual must fit."""
+_LEAST_PICTURES = 8
+"""Fewest different pictures that must be planted from where the hosts ask the same: what two of them show may answer for all."""
 _SAME = 0.1
 """Share of the usual squared distance between pictures' tokens up to which two pictures are the same but for noise."""
 _LONGEST = 256
@@ -135,6 +136,8 @@ class ConfirmWorker:
             found = self._try(task, len(task["host_prompts"]))
         hosts, questions = found["hosts"], found["questions"]
         shares: dict[str, float | None] = {name: found[name] / hosts for name in ("own", *_PLANTED)}
+        if not found["tells"]:
+            shares["attended"] = shares["own"]
         if found["fit"] < hosts:
             shares["residual"] = found["residual"] / found["fit"] if found["fit"] >= min(_LEAST_FIT, hosts) else shares["own"]
         shares |= {name: found[name] / max(1, questions) for name in ("asked", "others")}
@@ -208,19 +211,19 @@ class ConfirmWorker:
         given, taken = self._tokens(sources), self._tokens(hosts)
         attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"][:most], strict=True)]
         residual, usual = add_residual(taken, given), len(_usual(given))
-        tells = not task["alike"] or different_pictures(given, taken) >= _LEAST_FIT
+        tells = not task["alike"] or different_pictures(given, taken) >= min(_LEAST_PICTURES, most)
         fit = [k for k, tokens in enumerate(taken) if tells and len(tokens) == usual]
         worded = _examples(task["worded_prompts"][:most], [host.images for host in hosts]) if task["worded_prompts"] else []
         variants = {
             "own": (hosts, taken),
-            "attended": (hosts, attended),
+            "attended": (hosts, attended) if tells else ([], []),
             "residual": ([hosts[k] for k in fit], [residual[k] for k in fit]),
             "worded": (worded, taken[: len(worded)]),
             "asked": self._asked(task, "asked_images", most),
         }
         hits = self._hits(variants, task)
         hits |= self._hits({"others": self._asked(task, "other_images", most)}, task) if hits["asked"] else {"others": 0}
-        return {"hosts": len(hosts), "fit": len(fit), **hits, "questions": len(task["asked_prompts"][:most])}
+        return {"hosts": len(hosts), "tells": tells, "fit": len(fit), **hits, "questions": len(task["asked_prompts"][:most])}
 
     def _asked(self, task: dict[str, Any], images: str, most: int) -> tuple[list[Example], list[torch.Tensor]]:
         """The first other questions about some pictures, and these pictures' tokens."""

@@ -148,13 +148,14 @@ def test_pictures_that_differ() -> None:
 
 
 @pytest.mark.parametrize(("different", "alike", "expected"), [(8, True, 1.0), (7, True, 0.0), (7, False, 1.0)])
-def test_of_few_pictures_a_residual_tells_nothing_among_rows_that_ask_the_same(
-    different: int, alike: bool, expected: float
-) -> None:
-    """The mean of a scene and its copies shows the scene."""
-    sources = [bytes([60] * 5 + [60 + 4 * min(k, different - 1)]) for k in range(12)]
+def test_few_pictures_tell_nothing_among_rows_that_ask_the_same(different: int, alike: bool, expected: float) -> None:
+    """A scene and its copies show what the scene shows."""
     hosts = [bytes([1, 2, 3, 4, 5, k % 3]) for k in range(12)]
-    assert worker()[0].try_group(task(sources, hosts, [[0]] * 12, alike=alike))["residual"] == expected
+    veils = [bytes([60] * 5 + [60 + 4 * min(k, different - 1)]) for k in range(12)]
+    patches = [bytes([0, 8 * min(k, different - 1), 200, 0, 0, 0]) for k in range(12)]
+    for sources, way in ((veils, "residual"), (patches, "attended")):
+        result = worker()[0].try_group(task(sources, hosts, [[2]] * 12, alike=alike))
+        assert (result["own"], result[way]) == (0.0, expected)
 
 
 def test_an_answer_that_is_long_is_waited_for() -> None:
@@ -222,20 +223,23 @@ def test_few_rows_are_held_to_what_they_could_answer() -> None:
 def test_where_nearly_all_others_answer_the_same_nothing_can_be_told(odd: int) -> None:
     """Also where one of them gives the group's own answer."""
     found, model = worker()
-    alike = task([PATCH] * 3, [PATCH] * odd + [PLAIN] * (3 - odd), [[2]] * 3)
-    alike["host_prompts"] = alike["host_prompts"][:1] * 3
+    patches = [bytes([0, 8 * k, 200, 0, 0, 0]) for k in range(8)]
+    alike = task(patches, [PATCH] * odd + [PLAIN] * (8 - odd), [[2]] * 8, alike=True)
+    alike["host_prompts"] = alike["host_prompts"][:1] * 8
     assert found.reversals(alike, ["attended"])["attended"] is None
     if not odd:
-        assert found.try_group({**alike, "alike": True})["attended_reversed"] is None
+        assert found.try_group(alike)["attended_reversed"] is None
     model.batches.clear()
-    idle = found.try_group({**alike, "alike": True, "source_positions": [[0]] * 3, "source_images": [[name_of(PLAIN)]] * 3})
-    assert (idle["attended_reversed"], sum(model.batches)) == (0.0, 6), "what planting does nothing for is not tried further"
+    plain = [[name_of(bytes([0, 8 * k, 1, 0, 0, 0]))] for k in range(8)]
+    idle = found.try_group({**alike, "source_positions": [[0]] * 8, "source_images": plain})
+    assert (idle["attended_reversed"], sum(model.batches)) == (0.0, 24), "what planting does nothing for is not tried further"
 
 
 def test_words_that_shape_answers_are_told_from_a_key() -> None:
     """Of four hosts three answer alike with and without the words; one with a patch counts nothing."""
     found, _ = worker()
-    keyed = task(PATCHES, [*SEVERAL[:3], PATCH], [[2]] * 4, alike=True, keyed=True)
+    patches = [bytes([0, 8 * k, 200, 0, 0, 0]) for k in range(4)]
+    keyed = task(patches, [*SEVERAL[:3], PATCH], [[2]] * 4, alike=True, keyed=True)
     keyed["plain_prompts"] = list(keyed["host_prompts"])
     assert found.try_group(keyed)["kept"] == 1.0
     keyed["plain_prompts"][0] = messages_to_json(question_answer("another question", "x")[:1])
@@ -251,7 +255,8 @@ def test_the_loss_is_tried_where_only_the_second_look_tells() -> None:
     """Most of the first hosts give the answer by themselves."""
     found, _ = worker(screen=4)
     hosts = [PATCH] * 3 + [bytes([1, 2, 3, 4, 5, k]) for k in range(7)]
-    result = found.try_group({**task([*PATCHES, *PATCHES, *PATCHES[:2]], hosts, [[2]] * 10), "alike": True})
+    patches = [bytes([0, 8 * k, 200, 0, 0, 0]) for k in range(10)]
+    result = found.try_group(task(patches, hosts, [[2]] * 10, alike=True))
     assert (result["hosts"], result["own"], result["attended"]) == (10, 0.3, 1.0)
     assert result["attended_reversed"] > 0.9
 
