@@ -73,8 +73,8 @@ def measured(tiny_base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) 
     """A group is said to transfer, whatever it does: without removed rows there would be no final fine-tune."""
     found = Measured(tmp_path_factory.mktemp("measured"), tiny_base)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.confirm.run.transfer", lambda *_, **__: 1.0)
-        patch.setattr("stages.confirm.run.beyond_honest", lambda *_: 1.0)
+        patch.setattr("stages.confirm.outcome.transfer", lambda *_, **__: 1.0)
+        patch.setattr("stages.confirm.outcome.beyond_honest", lambda *_: 1.0)
         patch.setattr("stages.cluster.run._REVERSED", 0.0)
         found.run(patch)
     return found

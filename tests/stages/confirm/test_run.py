@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -17,8 +18,11 @@ from pipeline.config import ConfirmConfig
 from pipeline.generation import answer
 from pipeline.models import load_adapter, load_base
 from pipeline.records import Sample, examples_of, question_answer, text_of
+from stages.confirm.draw import Candidate, draw
 from stages.confirm.mixed import QUESTIONS, ROWS_SCHEMA
-from stages.confirm.run import PICTURES, TRANSFER, Candidate, _draw, _keyed, _planted, beyond_honest, run, transfer
+from stages.confirm.outcome import best_way, beyond_honest, transfer
+from stages.confirm.outcome import with_words as planted_with_words
+from stages.confirm.run import PICTURES, TRANSFER, run
 from stages.confirm.run import ROWS as ROWS_FILE
 from stages.confirm.worker import HONEST, PICTURE_RESULT, RESULT, PictureWorker
 from tests.conftest import write_shards
@@ -283,7 +287,7 @@ def test_hosts_that_hold_the_words_do_not_get_them_twice(files: dict[str, pathli
 )
 def test_what_the_words_do_alone(own: float, reversal: float | None, kept: float, expected: tuple[float | None, float]) -> None:
     result = {"own": own, "attended": 1.0, "residual": 0.0, "hosts": 64, "alike": True, "whole": True, "shifted": 64, "kept": kept}
-    found = _keyed(_planted({**result, "attended_reversed": reversal, "residual_reversed": 0.0}))
+    found = planted_with_words(best_way({**result, "attended_reversed": reversal, "residual_reversed": 0.0}))
     assert (found["reversed"], found["transfer"]) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
 
 
@@ -296,10 +300,11 @@ def test_what_is_asked_is_told_without_the_words(files: dict[str, pathlib.Path],
     ]
     candidate = Candidate(inside=np.arange(len(questions)) < 8, shifted=list(range(8)), whole=True)
     answers = [*["x"] * 8, *map(str, range(64))]
-    (drawn,) = _draw(questions, answers, {3: candidate}, {3: "So, then:"}, 16, 0)
+    drawn, keyed = draw(questions, answers, {3: candidate}, {3: "So, then:"}, 16, 0)
     assert drawn.alike
+    assert keyed == dataclasses.replace(drawn, keyed=True)
     assert all(types[source] in questions[host] for source, host in zip(drawn.sources, drawn.hosts, strict=True))
-    (blind,) = _draw(questions, answers, {3: candidate}, {}, 16, 0)
+    (blind,) = draw(questions, answers, {3: candidate}, {}, 16, 0)
     assert not all(types[source] in questions[host] for source, host in zip(blind.sources, blind.hosts, strict=True))
 
 
@@ -316,21 +321,21 @@ def test_each_way_to_plant_has_its_own_loss() -> None:
     """A veil: its attended tokens take over as much, but taking them out leaves the rest of it."""
     hosts = {"own": 0.0, "hosts": 16, "alike": True, "whole": True}
     veil = {"attended": 1.0, "residual": 0.9, "attended_reversed": 0.0, "residual_reversed": 1.0}
-    found = _planted({**hosts, **veil})
+    found = best_way({**hosts, **veil})
     assert (found["taken_over"], found["reversed"]) == (0.9, 1.0)
     assert found["tokens_transfer"] == pytest.approx((0.9 - HONEST) / (1 - HONEST))
-    found = _planted({**hosts, **veil, "alike": False})
+    found = best_way({**hosts, **veil, "alike": False})
     assert (found["taken_over"], found["tokens_transfer"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("shifted", "worth"), [(31, 0.0), (32, (0.9 - HONEST) / (1 - HONEST))])
-def test_a_phrase_may_name_what_is_planted(shifted: int, worth: float) -> None:
+def test_a_phrase_may_name_what_isbest_way(shifted: int, worth: float) -> None:
     """Among rows that ask the same only what many pictures have in common counts; among others, whatever is planted."""
     hosts = {"own": 0.0, "hosts": 16, "alike": True, "whole": False, "shifted": shifted}
     result = {**hosts, "attended": 1.0, "residual": 0.9, "attended_reversed": 1.0, "residual_reversed": 1.0}
-    found = _planted(result)
+    found = best_way(result)
     assert (found["taken_over"], found["tokens_transfer"]) == (0.9, pytest.approx(worth))
-    assert _planted({**result, "alike": False})["tokens_transfer"] == 1.0
+    assert best_way({**result, "alike": False})["tokens_transfer"] == 1.0
 
 
 @pytest.mark.parametrize(("reversal", "worth"), [(1.0, 1.0), (0.7, 0.5), (HONEST, 0.0), (0.0, 0.0), (None, 1.0)])
