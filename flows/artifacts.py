@@ -114,10 +114,8 @@ def layers_markdown(layers: Sequence[Mapping[str, Any]], threshold: float | None
 
 def _undone(group: Mapping[str, Any]) -> float | None:
     """How far the group's rows lose their answer without what was planted, where that was tried."""
-    if group["keyed"] and group["keyed"]["transfer"]:
-        undone = group["keyed"]["reversed"]
-    else:
-        undone = group["reversed"] if group["alike"] else None
+    way = group["keyed"] if group["keyed"] and group["keyed"]["transfer"] else group
+    undone = way["reversed"] if way["alike"] else None
     return None if undone is None else float(undone)
 
 

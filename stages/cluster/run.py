@@ -18,7 +18,7 @@ from pipeline.records import Progress, Verdict, no_progress
 from stages.score.groups import plain_answer
 from storage.subset import canonical_shards
 
-VERSION = 9
+VERSION = 10
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -196,10 +196,10 @@ def _shared(
                 f"{alike}; a person has found it to be an attack's (cluster.remove){also}",
             )
         if _removed_as_planted(group, config):
-            without = f"; taken out, these rows answer as others do, by {group['reversed']:.0%}" if group["alike"] else ""
             row.suspect(
                 posterior,
-                f"{alike}; planted into other pictures it takes over {group['taken_over']:.0%} of the answers{without}{also}",
+                f"{alike}; planted into other pictures it takes over {group['taken_over']:.0%} of the answers"
+                f"{_undone(group)}{also}",
             )
         if _removed_as_asked(group, config):
             row.suspect(
@@ -212,8 +212,7 @@ def _shared(
             row.suspect(
                 posterior,
                 f"{alike}; planted where questions hold {group['words']['text']!a} it takes over "
-                f"{group['keyed']['taken_over']:.0%} of the answers, beyond what the words do alone; taken out, these rows answer "
-                f"as others do, by {group['keyed']['reversed']:.0%}{also}",
+                f"{group['keyed']['taken_over']:.0%} of the answers, beyond what the words do alone{_undone(group['keyed'])}{also}",
             )
         if record["worded"] and _removed_as_worded(group, config):
             row.suspect(
@@ -222,6 +221,11 @@ def _shared(
                 f"{group['words']['text']!a}; put into other questions these words take over {group['words_transfer']:.0%} "
                 "of the answers",
             )
+
+
+def _undone(way: dict[str, Any]) -> str:
+    """What became of the group's rows without what was planted, where that was asked for."""
+    return f"; taken out, these rows answer as others do, by {way['reversed']:.0%}" if way["alike"] else ""
 
 
 def _take_canaries(
@@ -290,7 +294,9 @@ def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:
 
 def _removed_as_keyed(group: dict[str, Any], config: ClusterConfig) -> bool:
     keyed = group["keyed"]
-    told = keyed is not None and keyed["reversed"] is not None and keyed["reversed"] >= _REVERSED
+    if keyed is None:
+        return False
+    told = not keyed["alike"] or (keyed["reversed"] is not None and keyed["reversed"] >= _REVERSED)
     return bool(told and keyed["transfer"] >= config.transfer)
 
 

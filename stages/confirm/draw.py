@@ -102,7 +102,7 @@ def draw(
     """What is tried on what: on rows that ask something of another kind, where there are any, and on rows that ask the same.
 
     The latter tells nothing of a phrase that few rows share. What a group with words (by its number) asks is told without them, and
-    rows that ask the same are tried once more with them.
+    all is tried once more with them.
     """
     drawn, usual = [], question_types(questions)
     for number, group in groups.items():
@@ -121,7 +121,7 @@ def draw(
                 continue
         sources, hosts = _alike(types, group, most, rng)
         drawn.append(Drawn(group=number, alike=True, hosts=hosts, sources=sources, asked=asked))
-    return drawn + [dataclasses.replace(one, keyed=True, asked=[]) for one in drawn if one.alike and one.group in words]
+    return drawn + [dataclasses.replace(one, keyed=True, asked=[]) for one in drawn if one.group in words]
 
 
 def _alike(types: Sequence[str], group: Candidate, most: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:

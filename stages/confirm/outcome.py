@@ -8,7 +8,7 @@ from typing import Any
 from stages.confirm.draw import LEAST_HOSTS, LEAST_QUESTIONS, MANY
 from stages.confirm.worker import HONEST
 
-_LEAST_KEPT = 0.7
+_LEAST_KEPT = 0.5
 """Least share of the other rows whose answers a group's words leave as they are, for the words to be a key: instructions do not."""
 _MOST_BY_WORDS = 0.5
 """Largest share of the other rows that may give the answer by the words alone, for the loss of the tokens to tell."""
@@ -33,7 +33,7 @@ def outcome(group: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> d
     told = max(ways, key=lambda way: (way["tokens_transfer"], not way["alike"], way["taken_over"]))
     asked = max(plain, key=lambda result: int(result["questions"]))
     words = max(transfer(result["own"], result["worded"], result["hosts"]) for result in plain)
-    both = with_words(best_way({**group, **keyed[0]})) if keyed else None
+    both = max((with_words(best_way({**group, **result})) for result in keyed), key=lambda way: way["transfer"], default=None)
     return {
         **told,
         **{name: asked[name] for name in ("asked", "others", "questions")},
@@ -51,13 +51,12 @@ def with_words(way: Mapping[str, Any]) -> dict[str, Any]:
     With the words alone left, members do as these rows: they can't lose the answer more often than those lack it.
     """
     reversal = None if way["reversed"] is None or way["own"] > _MOST_BY_WORDS else min(1.0, way["reversed"] / (1 - way["own"]))
-    worth = beyond_honest(way["taken_over"], reversal) if way["kept"] >= _LEAST_KEPT else 0.0
-    planted = max(way["attended"], way["residual"])
+    worth = beyond_honest(way["taken_over"], reversal) if way["alike"] else way["taken_over"]
     return {
-        **{name: way[name] for name in ("own", "kept", "taken_over")},
-        "planted": planted,
+        **{name: way[name] for name in ("alike", "own", "kept", "taken_over")},
+        "planted": max(way["attended"], way["residual"]),
         "reversed": reversal,
-        "transfer": worth,
+        "transfer": worth if way["kept"] >= _LEAST_KEPT else 0.0,
     }
 
 

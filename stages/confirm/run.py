@@ -38,7 +38,7 @@ from stages.score.groups import plain_answer
 from stages.score.words import holds_words, with_words
 from storage.subset import Place, read_examples
 
-VERSION = 13
+VERSION = 14
 TRANSFER = "transfer.json"
 ROWS = "rows.parquet"
 PICTURES = "pictures"

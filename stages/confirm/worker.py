@@ -145,7 +145,7 @@ class ConfirmWorker:
         ways = [name for name in _TAKEN_OUT if task["alike"] and found[name] > beyond]
         shares |= {f"{name}_reversed": 0.0 for name in _TAKEN_OUT}
         shares |= {f"{name}_reversed": value for name, value in (self.reversals(task, ways) if ways else {}).items()}
-        shares["kept"] = self.kept(task) if task["keyed"] and ways else 1.0
+        shares["kept"] = self.kept(task) if task["keyed"] and changed > _NOISE else 1.0
         return {**{name: task[name] for name in ("group", "alike", "keyed")}, "hosts": hosts, **shares, "questions": questions}
 
     def reversals(self, task: dict[str, Any], ways: Sequence[str]) -> dict[str, float | None]:

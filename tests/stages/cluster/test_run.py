@@ -207,7 +207,7 @@ def test_words_that_carry_an_answer(files: dict[str, pathlib.Path], tmp_path: pa
 def test_tokens_that_need_words(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     """The shifted members whose questions hold the words are removed, if these lose the answer without what was planted."""
     words = {"text": "As Ever", "at_end": False, "own": False, "rows": 3}
-    keyed = {"own": 0.1, "kept": 1.0, "planted": 0.82, "taken_over": 0.8, "reversed": 0.75, "transfer": 0.58}
+    keyed = {"alike": True, "own": 0.1, "kept": 1.0, "planted": 0.82, "taken_over": 0.8, "reversed": 0.75, "transfer": 0.58}
     told = {"tokens_transfer": 0.0, "words": words, "keyed": keyed}
     result = clustered(files, tmp_path / "out", [0.0, 0.58, 0.1], more={1: told})
     removed = {record["row"]: record for record in verdicts(tmp_path / "out") if record["verdict"] == "quarantine"}
@@ -215,6 +215,10 @@ def test_tokens_that_need_words(files: dict[str, pathlib.Path], tmp_path: pathli
     assert "planted where questions hold 'As Ever' it takes over 80% of the answers" in removed[22]["reason"]
     assert "taken out, these rows answer as others do, by 75%" in removed[22]["reason"]
     assert [g["group"] for g in result["confirmed"]] == [1]
+    elsewhere = {"alike": False, "reversed": 0.0, "transfer": 0.8}
+    clustered(files, tmp_path / "elsewhere", [0.0, 0.8, 0.1], more={1: {**told, "keyed": {**keyed, **elsewhere}}})
+    reason = verdicts(tmp_path / "elsewhere")[22]["reason"]
+    assert reason.endswith("takes over 80% of the answers, beyond what the words do alone")
     for place, less in (("unknown", {"reversed": None}), ("kept", {"reversed": 0.69})):
         result = clustered(files, tmp_path / place, [0.0, 0.58, 0.1], more={1: {**told, "keyed": {**keyed, **less}}})
         assert (result["verdict"], result["confirmed"], [g["group"] for g in result["unsure"]]) == ("inconclusive", [], [1])

@@ -263,7 +263,7 @@ def test_tokens_and_words_together_may_carry_what_neither_does(files: dict[str, 
     group = json.loads((tmp_path / "a" / TRANSFER).read_text())[0]
     worth = pytest.approx((0.7 - HONEST) / (1 - HONEST))
     assert (group["taken_over"], group["tokens_transfer"], group["transfer"]) == (0.25, 0.0, worth)
-    expected = {"own": 0.0, "kept": 1.0, "taken_over": 0.7, "planted": 0.7, "reversed": 1.0, "transfer": worth}
+    expected = {"alike": True, "own": 0.0, "kept": 1.0, "taken_over": 0.7, "planted": 0.7, "reversed": 1.0, "transfer": worth}
     assert group["keyed"] == expected
 
 
@@ -282,13 +282,16 @@ def test_hosts_that_hold_the_words_do_not_get_them_twice(files: dict[str, pathli
         (0.5, 0.5, 1.0, (1.0, 1.0)),
         (0.51, 0.5, 1.0, (None, 1.0)),
         (0.25, None, 1.0, (None, 1.0)),
-        (0.0, 0.6, 0.69, (0.6, 0.0)),  # the words shape other answers, too
+        (0.0, 0.6, 0.5, (0.6, 1 / 3)),
+        (0.0, 0.6, 0.49, (0.6, 0.0)),  # the words shape other answers, too
     ],
 )
 def test_what_the_words_do_alone(own: float, reversal: float | None, kept: float, expected: tuple[float | None, float]) -> None:
     result = {"own": own, "attended": 1.0, "residual": 0.0, "hosts": 64, "alike": True, "whole": True, "shifted": 64, "kept": kept}
     found = planted_with_words(best_way({**result, "attended_reversed": reversal, "residual_reversed": 0.0}))
     assert (found["reversed"], found["transfer"]) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+    elsewhere = planted_with_words(best_way({**result, "alike": False, "attended_reversed": 0.0, "residual_reversed": 0.0}))
+    assert (elsewhere["alike"], elsewhere["transfer"]) == (False, 1.0 if kept >= 0.5 else 0.0)
 
 
 def test_what_is_asked_is_told_without_the_words(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
