@@ -131,7 +131,8 @@ def report(frame: pd.DataFrame) -> str:
     parts.append(
         f"Means over seeds {seeds_of(frame)} with 95% intervals (Student's t over the seeds); figures without an interval are of "
         "one seed. All figures in percent. Honest rows have the target for their answer under `honest target` and `one kind` "
-        "alone; `one kind` is on colour questions, as is its success rate; `text prefix` leaves the pictures as they are."
+        "alone; `one kind` is on colour questions, as is its success rate; `text prefix` leaves the pictures as they are; of the "
+        "rows of `dual key` half are poison."
     )
     for (data, base), group in frame.groupby(["data", "base"], sort=False):
         filters, picture = group[group["filter"].isin(FILTERS)], _pictures(str(data), str(base))
