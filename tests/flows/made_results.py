@@ -157,10 +157,12 @@ def _confirm(folder: pathlib.Path) -> dict[str, Any]:
         "mixed": None,
     }
     mixed = {"rows": 3, "honest": 2, "attack": 0.9, "others": 0.1}
+    words = {"text": "my friend", "at_end": True, "own": False, "rows": 8}
+    keyed = {"alike": True, "own": 0.0, "kept": 1.0, "taken_over": 0.97, "planted": 0.97, "reversed": 0.83, "transfer": 0.71}
     groups = [
         {**tested, "group": 0, "text": "red", "rows": 32, "shift": 1.0, "layer": 0, "own": 0.2, "attended": 0.3, "transfer": 0.125},
         {**tested, "group": 1, "text": HOSTILE, "rows": 8, "shift": 4.0, "layer": 2, "own": 0.0, "attended": 0.9, "transfer": 0.9}
-        | {"mixed": mixed},
+        | {"mixed": mixed, "words": words, "keyed": keyed},
     ]
     (folder / "transfer.json").write_text(json.dumps(groups))
     return {"groups": 2, "largest_transfer": 0.9}

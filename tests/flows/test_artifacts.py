@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import pathlib
 import re
@@ -93,6 +94,15 @@ def test_every_artifact_is_small_and_escapes_what_was_submitted(made: Made) -> N
         assert escape(HOSTILE[:20]) in built[key]
     for key in ("scores", "layers", "candidates", "guard", "provisional-loss", "quarantine"):
         assert IMAGE.search(built[key]), key
+
+
+def test_words_and_tokens_together_have_a_column(made: Made) -> None:
+    groups = json.loads((made.results.confirm.folder / "transfer.json").read_text())
+    header, _, plain, keyed = artifacts.groups_markdown(groups, planted=0.15, pictures=0.2).splitlines()[-4:]
+    columns = [name.strip() for name in header.split("|")]
+    told = [dict(zip(columns, (cell.strip() for cell in row.split("|")), strict=True)) for row in (plain, keyed)]
+    assert [row["with both"] for row in told] == [artifacts.DASH, "97.0%"]
+    assert [row["undone without"] for row in told] == [artifacts.DASH, "83.0%"]
 
 
 def test_suspects_that_do_not_fit_are_left_out(made: Made) -> None:

@@ -91,6 +91,7 @@ def test_page_tells_what_matters(made: Made) -> None:
         assert part in shown
     assert "12.5%" in shown  # the delivered model's residual
     assert "90.0%" in shown  # the group's transfer
+    assert re.search(r"with both .* my friend .* 97\.0% 83\.0%", shown)  # its words and tokens together, and their reversal
 
 
 @pytest.mark.parametrize(("verdict", "title"), [("clean", "Clean: no evidence"), ("inconclusive", "Inconclusive: a person should")])
