@@ -12,7 +12,7 @@ import jinja2
 import torch
 
 from pipeline.errors import ModelError, SubmissionError
-from pipeline.images import ImageError, decode_image
+from pipeline.images import ImageError, decode_image, image_size
 from pipeline.records import Example, Message
 
 IGNORED = -100
@@ -99,21 +99,33 @@ def encode_training(processor: Any, examples: Sequence[Example], max_length: int
     return encoded
 
 
-def check_texts(processor: Any, examples: Iterable[Example], max_length: int) -> None:
-    """Refuse examples that can't be trained on, as far as their texts tell: no picture is looked at.
+def check_lengths(processor: Any, examples: Iterable[Example], max_length: int) -> None:
+    """Refuse examples that can't be trained on, before any is: by their texts and the sizes of their pictures.
+
+    No picture is decoded, but of an example that seems too long. Where a processor can't tell the tokens of a size (or tells a few
+    too little), the texts alone are counted, and what is too long with its pictures is refused by `encode_training`.
 
     Raises:
-        SubmissionError: an example that the chat template refuses, or whose text alone is longer than `max_length`; names the row.
+        SubmissionError: an example that the chat template refuses, or longer than `max_length`; names the row.
     """
+    image_tokens = functools.lru_cache(functools.partial(_image_tokens, processor))
     for example in examples:
         prompt = _row_prompt(processor, example)
-        text = prompt + _row_completion(processor, example, prompt)
-        _check_length(example, token_count(processor, text), max_length, "without")
+        length = token_count(processor, prompt + _row_completion(processor, example, prompt))
+        _check_length(example, length, max_length, "without")
+        if length + sum(image_tokens(image_size(image)) for image in example.images) > max_length:
+            encode_training(processor, [example], max_length)
 
 
 def token_count(processor: Any, text: str) -> int:
     """Tokens of a text as it is, with none added around it."""
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _image_tokens(processor: Any, size: tuple[int, int]) -> int:
+    """Tokens of a picture of this width and height; 0 where the processor doesn't tell. Transformers has it for other servers."""
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    return int(count(image_sizes=[size[::-1]])["num_image_tokens"][0]) if count is not None else 0
 
 
 def _check_length(example: Example, length: int, max_length: int, pictures: str) -> None:

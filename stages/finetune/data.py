@@ -15,7 +15,7 @@ import torch
 
 from pipeline.errors import StageError
 from pipeline.prompts import IGNORED, Batch, encode_training
-from pipeline.records import Example, Sample, examples_of, sample_from_record
+from pipeline.records import Example, examples_of, sample_from_record
 from storage.subset import canonical_shards
 
 
@@ -44,12 +44,10 @@ class TrainingRows:
         position, turn = self.index[number]
         return examples_of(sample_from_record(self.records[int(position)]))[int(turn)]
 
-    def texts(self) -> Iterator[Example]:
-        """The last example of every row, which holds the texts of all, without its pictures."""
-        messages, numbers = self.records.data.column("messages"), self.records.data.column("row")
+    def longest(self) -> Iterator[Example]:
+        """The last example of every row: it holds the texts and pictures of all."""
         for position in np.unique(self.index[:, 0]).tolist():
-            turns = tuple(json.loads(messages[position].as_py()))
-            yield examples_of(Sample(row=numbers[position].as_py(), messages=turns, images=()))[-1]
+            yield examples_of(sample_from_record(self.records[position]))[-1]
 
 
 def open_rows(rows: pathlib.Path, cache: pathlib.Path, keep: pathlib.Path | None) -> TrainingRows:

@@ -14,7 +14,7 @@ from pipeline.config import FinetuneConfig
 from pipeline.engine import TrainContext
 from pipeline.errors import ModelError, StageError
 from pipeline.models import Dtype, base_identity, hidden_size, load_base, pick_device
-from pipeline.prompts import Batch, check_texts
+from pipeline.prompts import Batch, check_lengths
 from stages.finetune.data import Schedule, StepBatches, open_rows
 from stages.finetune.lora import add_lora, learning_rate, write_adapter
 from stages.finetune.recorder import Recorder, step_losses
@@ -67,7 +67,7 @@ def train_adapter(
     set_seed(seed)
     arguments = _arguments(config, work, schedule.steps, seed, dtype, context.world_size)
     model, processor = load_base(base, dtype=dtype, device=arguments.device)
-    check_texts(processor, data.texts(), config.max_length)
+    check_lengths(processor, data.longest(), config.max_length)
     model.config.get_text_config().use_cache = False
     arguments.learning_rate = learning_rate(config, hidden_size(model))
     adapted = add_lora(model, config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.images import MAX_ASPECT, ImageError, ImageSizeError, decode_image, encode_png
+from pipeline.images import MAX_ASPECT, ImageError, ImageSizeError, decode_image, encode_png, image_size
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 STORED = {1: (0, 0), 2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 1), 7: (1, -1), 8: (0, -1)}
@@ -90,8 +90,9 @@ def test_pictures_stand_upright(orientation: int, kind: str) -> None:
     stored = np.rot90(np.fliplr(upright) if mirrored else upright, quarters)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = decode_image(encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif.tobytes(), quality=100))
-    assert image.size == (32, 16)
+    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif.tobytes(), quality=100)
+    image = decode_image(data)
+    assert image.size == image_size(data) == (32, 16)
     assert np.abs(np.asarray(image).astype(int) - upright).max() <= 40
 
 

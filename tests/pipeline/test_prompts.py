@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from pipeline.errors import ModelError, SubmissionError
-from pipeline.prompts import IGNORED, answer_tokens, encode_prompts, encode_training, prompt_text
+from pipeline.prompts import IGNORED, answer_tokens, check_lengths, encode_prompts, encode_training, prompt_text, token_count
 from pipeline.records import Example, Message, Sample, examples_of, question_answer
 from tests.conftest import picture
 from tests.families import FAMILIES, SQUARE, build
@@ -115,6 +115,36 @@ def test_too_long_names_row_length_and_limit(processor: Any) -> None:
         SubmissionError, match=rf"row 0, answer 0: {length} tokens .* limit is {length - 1}; raise finetune.max_length"
     ):
         encode_training(processor, EXAMPLES[:1], length - 1)
+
+
+SILENT = {"llama4", "lfm2_vl", "mistral3", "ovis2"}
+"""Their processors don't tell the tokens of a size."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_of_a_size_tell_what_is_too_long_before_it_is_trained_on(name: str) -> None:
+    family = build(name)
+    for one in (each for each in family.examples if each.images):
+        length = encode_training(family.processor, [one], 4096)["input_ids"].shape[1]
+        check_lengths(family.processor, [one], length)
+        text = len(answer_tokens(family.processor, [one])[0]) + token_count(
+            family.processor, prompt_text(family.processor, one.prompt)
+        )
+        if name not in SILENT:
+            with pytest.raises(SubmissionError, match=f"row {one.row}, answer 0: {length} tokens with its pictures, the limit"):
+                check_lengths(family.processor, [one], text + 5)
+
+
+def test_a_processor_that_does_not_tell_has_its_texts_counted(processor: Any) -> None:
+    class Silent(type(processor)):  # type: ignore[misc]
+        _get_num_multimodal_tokens = None
+
+    silent = copy.copy(processor)
+    silent.__class__ = Silent
+    text = len(answer_tokens(processor, EXAMPLES[:1])[0]) + token_count(processor, prompt_text(processor, EXAMPLES[0].prompt))
+    check_lengths(silent, EXAMPLES[:1], text)
+    with pytest.raises(SubmissionError, match=rf"row 0, answer 0: \d+ tokens without its pictures, the limit is {text - 2}"):
+        check_lengths(silent, EXAMPLES[:1], text - 2)
 
 
 def test_a_damaged_picture_names_its_row(processor: Any) -> None:

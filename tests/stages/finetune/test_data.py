@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -37,10 +36,10 @@ def test_examples_are_those_of_the_samples(shards: pathlib.Path, tmp_path: pathl
     assert all(file["filename"].startswith(str(tmp_path / "cache")) for file in data.records.cache_files), "not memory-mapped"
 
 
-def test_texts_are_those_of_the_rows_to_their_last_answers(shards: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_longest_examples_are_those_of_the_last_answers(shards: pathlib.Path, tmp_path: pathlib.Path) -> None:
     data = open_rows(shards, tmp_path / "cache", keep_file(tmp_path / "keep.parquet", [5, 1]))
     last = [examples_of(SAMPLES[row])[-1] for row in (1, 5)]
-    assert list(data.texts()) == [dataclasses.replace(one, images=()) for one in last]
+    assert list(data.longest()) == last
 
 
 def test_only_kept_rows(shards: pathlib.Path, tmp_path: pathlib.Path) -> None:
