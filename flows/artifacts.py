@@ -140,7 +140,7 @@ def groups_markdown(groups: Sequence[Mapping[str, Any]], *, planted: float, pict
     cells = [
         (
             number(place),
-            escape(group["text"], 80),
+            escape(group["text"], 80) + (" (the others of it)" if group["rest"] else " (a part of it)" if group["part"] else ""),
             number(group["rows"]),
             number(group["mixed"]["honest"]) if group["mixed"] else "",
             number(group["shift"]),

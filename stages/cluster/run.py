@@ -18,7 +18,7 @@ from pipeline.records import Progress, Verdict, no_progress
 from stages.score.groups import plain_answer
 from storage.subset import canonical_shards
 
-VERSION = 10
+VERSION = 11
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -29,7 +29,7 @@ _UNSURE = 0.7
 _REVERSED = 0.7
 """Least reversal among rows that ask the same by which a group is removed: where fewer rows lose the answer, many may be honest."""
 _REST = 0.5
-"""Least transfer by which what is left of a group is removed: most of its rows are the attack's then."""
+"""Least transfer by which what is left of a group, or a part of one, is removed: most of its rows are the attack's then."""
 VERDICT_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -130,7 +130,8 @@ def run(
     pq.write_table(table, out / VERDICTS, compression="zstd")
     tried = groups if config.method == "transfer" else []
     confirmed = [group for group in tried if _removed(group, config)]
-    unsure = [group for group in tried if group not in confirmed and _unsure(group, config)]
+    told = _honest_parts(tried, config).values()
+    unsure = [group for group in tried if group not in confirmed and _unsure(group, config) and _answer(group) not in told]
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
         "verdict": "poisoned" if removed else "inconclusive" if confirmed or unsure or not found else "clean",
@@ -177,7 +178,10 @@ def _shared(
     by_number = {group["group"]: group for group in groups if not _named(group, config.keep)}
     decided = {number for number, group in by_number.items() if _named(group, config.remove)}
     looked_at = {(one["group"], one["row"], one["turn"]): one for one in pq.read_table(asked).to_pylist()}
-    for record in pq.read_table(members).to_pylist():
+    records = pq.read_table(members).to_pylist()
+    honest = _honest_parts(groups, config)
+    spared = {(honest[one["group"]], one["row"], one["turn"]) for one in records if one["group"] in honest}
+    for record in records:
         row, group = found[record["row"]], by_number.get(record["group"])
         row.score = max(row.score, record["projection"])
         if group is None:
@@ -195,6 +199,8 @@ def _shared(
                 posterior,
                 f"{alike}; a person has found it to be an attack's (cluster.remove){also}",
             )
+        if (_answer(group), record["row"], record["turn"]) in spared:
+            continue
         if _removed_as_planted(group, config):
             row.suspect(
                 posterior,
@@ -221,6 +227,18 @@ def _shared(
                 f"{group['words']['text']!a}; put into other questions these words take over {group['words_transfer']:.0%} "
                 "of the answers",
             )
+
+
+def _honest_parts(groups: Sequence[dict[str, Any]], config: ClusterConfig) -> dict[int, str]:
+    """By number the answers of parts that do nothing, where the other part of the answer's rows is removed."""
+    parts = [group for group in groups if group["part"]]
+    removed = {_answer(group) for group in parts if _removed(group, config)}
+    return {group["group"]: group["text"] for group in parts if _answer(group) in removed and _nearness(group, config) < _UNSURE}
+
+
+def _answer(group: dict[str, Any]) -> str | None:
+    """What all rows of a group answer; None where it is a phrase that they share."""
+    return group["text"] if group["whole"] else None
 
 
 def _undone(way: dict[str, Any]) -> str:
@@ -287,7 +305,7 @@ def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:
     Nor where too few of its rows lose the answer, so that honest ones may have it too. What is left of a group needs more: a second
     trigger's rows may be mixed with honest ones in it.
     """
-    limit = max(_REST, config.transfer) if group["rest"] else config.transfer
+    limit = max(_REST, config.transfer) if group["rest"] or group["part"] else config.transfer
     told = not group["alike"] or (group["reversed"] is not None and group["reversed"] >= _REVERSED)
     return bool(group["tokens_transfer"] >= limit and told)
 
@@ -310,7 +328,8 @@ def _removed_as_asked(group: dict[str, Any], config: ClusterConfig) -> bool:
 
 def _nearness(group: dict[str, Any], config: ClusterConfig) -> float:
     """How near a group comes to its nearest threshold; 1 and more where it reaches it."""
-    return float(max(group["transfer"] / config.transfer, group["pictures_transfer"] / config.pictures))
+    limit = max(_REST, config.transfer) if group["part"] and group["alike"] else config.transfer
+    return float(max(group["transfer"] / limit, group["pictures_transfer"] / config.pictures))
 
 
 def _by_bye(found: dict[int, RowEvidence]) -> None:

@@ -17,10 +17,10 @@ from pipeline.records import Progress, no_progress
 from stages.extract.table import AttentionTable
 from stages.score.bye import RULES, bye, layer_profiles
 from stages.score.groups import Group, largest, shared_answers
-from stages.score.shift import SharedShift, head_features, shared_shift, shift_size, whiten, within_questions
+from stages.score.shift import SharedShift, head_features, shared_shift, shift_size, two_parts, whiten, within_questions
 from stages.score.words import Words, distinctive_words
 
-VERSION = 9
+VERSION = 10
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"
@@ -45,7 +45,8 @@ def run(
     Files: `layers.json` (BYE's profile by the configured rule); `evidence.parquet`, a record per pictured example (row, turn;
     bye_score, bye_posterior, bye_chosen and bye_threshold by the configured rule; bye_suspicious by the paper's,
     bye_code_suspicious by the public code's); `groups.json`, the candidates with the largest shared shift, and the words
-    that set their questions apart; after them what is left of the groups of which only a part is shifted; `members.parquet`
+    that set their questions apart; after them what is left of the groups of which only a part is shifted (`rest`), and the parts
+    of those that attend in two ways (`part`); `members.parquet`
     (group, row, turn, projection, posterior, worded: whether its question holds these words), their examples.
 
     Args:
@@ -86,11 +87,14 @@ def run(
     kept = [(groups[index], shared_shift(whitened, groups[index], seed, least=config.least_rows)) for index in first]
     words = distinctive_words(table.question, [group for group, _ in kept], least=config.least_rows)
     others = [rest for group, shift in kept if len((rest := _unshifted(group, shift)).members) >= config.least_rows]
-    shifted = len(kept)
+    parts = [part for group, shift in kept for part in _parts(group, shift, whitened, config.least_rows, seed)]
+    kinds = [None] * len(kept) + ["rest"] * len(others) + ["part"] * len(parts)
     kept += [(group, shared_shift(whitened, group, seed, least=config.least_rows)) for group in others]
-    words += distinctive_words(table.question, others, least=config.least_rows)
+    kept += parts
+    words += distinctive_words(table.question, [group for group, _ in kept[len(words) :]], least=config.least_rows)
     described = [
-        {**_describe(number, *kept[number], words[number], table.entropy), "rest": number >= shifted} for number in range(len(kept))
+        {**_describe(number, *found, words[number], table.entropy), "rest": kind == "rest", "part": kind == "part"}
+        for number, (found, kind) in enumerate(zip(kept, kinds, strict=True))
     ]
     (out / GROUPS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     pq.write_table(_members(kept, words, table), out / MEMBERS, compression="zstd")
@@ -108,6 +112,18 @@ def run(
 def _unshifted(group: Group, shift: SharedShift) -> Group:
     """The members of a group that are not in its shifted part; one attack may shift attention in two ways."""
     return dataclasses.replace(group, members=group.members[shift.posterior <= 0.5])
+
+
+def _parts(group: Group, shift: SharedShift, whitened: np.ndarray, least: int, seed: int) -> list[tuple[Group, SharedShift]]:
+    """The two parts of an answer's rows, where these are shifted alike against all others, but attend in two ways."""
+    first = two_parts(whitened, group, seed) if group.whole and (shift.posterior > 0.5).all() else None
+    if first is None:
+        return []
+    found = []
+    for own in (first, 1 - first):
+        part = dataclasses.replace(group, members=group.members[own > 0.5])
+        found.append((part, dataclasses.replace(shared_shift(whitened, part, seed, least=least), posterior=own[own > 0.5])))
+    return found
 
 
 def _describe(number: int, group: Group, shift: SharedShift, words: Words | None, entropy: np.ndarray) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from sklearn.mixture import GaussianMixture
 
 from stages.extract.table import AttentionTable
 from stages.score.bye import two_components
@@ -26,6 +27,13 @@ _COLUMNS, _ROWS = 64, 4096
 """Features whose medians are taken, and examples that are computed with, at a time: no step holds more than two copies of all."""
 _LEAST_WITHIN = 0.01
 """Least share of the variance along a shift that is taken to be within the group and the others."""
+_DIRECTIONS, _ROWS_EACH, _FITTED = 20, 10, 4096
+"""Most directions in which a group's rows differ the most, fewest rows for each, and most rows, by which its parts are told."""
+_LEAST_PART = 32
+"""Fewest rows of a part: of fewer, what they show in one place is left in their mean."""
+_VERY_STRONG = 10.0
+"""Difference of the Bayesian information criterion from which evidence is very strong (Kass and Raftery, 1995, section 3.2)."""
+_EQUAL = 1e-9
 _SPLIT_SEPARATION = 2.0
 """Bimodal separation (BYE's index) from which a group is two groups: rows of an attack, and honest rows with the same answer."""
 
@@ -194,6 +202,39 @@ def shared_shift(whitened: np.ndarray, group: Group, seed: int, *, least: int) -
         if (parted > 0.5).sum() >= least:
             posterior = parted
     return SharedShift(size=shift_size(whitened, group), projection=projection, posterior=posterior)
+
+
+def two_parts(whitened: np.ndarray, group: Group, seed: int) -> np.ndarray | None:
+    """Whether the rows of a group attend in two ways, as those of an attack and honest ones with its answer do.
+
+    Where all of them ask the same, what both look at shifts their attention alike, against all other rows (`shared_shift`); within
+    the group the one looks at the trigger, the other at what shows the answer. Two Gaussians of one covariance are fitted to the
+    group's leading principal components, and held for two parts where the evidence against one is very strong.
+
+    Args:
+        whitened: float (examples, dimensions), as `whiten` gives it.
+        group: the group.
+        seed: of the mixture.
+
+    Returns:
+        float (members,), the probability of the first part; None where there is one part, or one of fewer than 32 rows.
+    """
+    count, dimensions = len(group.members), whitened.shape[1]
+    if count < 2 * _LEAST_PART:
+        return None
+    mean, covariance = _total(whitened, group) / count, np.zeros((dimensions, dimensions))
+    for rows in _blocks(count):
+        block = whitened[group.members[rows]] - mean
+        covariance += block.T @ block / count
+    leading = np.linalg.eigh(covariance)[1][:, -min(_DIRECTIONS, count // _ROWS_EACH) :]
+    values = np.concatenate([(whitened[group.members[rows]] - mean) @ leading for rows in _blocks(count)])
+    if np.ptp(values) < _EQUAL:
+        return None
+    fitted = np.random.default_rng(seed).permutation(values)[:_FITTED]
+    one, two = (GaussianMixture(n, covariance_type="tied", n_init=10, random_state=seed).fit(fitted) for n in (1, 2))
+    first = np.asarray(two.predict_proba(values)[:, 0])
+    least = min((first > 0.5).sum(), (first <= 0.5).sum())
+    return first if least >= _LEAST_PART and one.bic(fitted) - two.bic(fitted) > _VERY_STRONG else None
 
 
 def _total(whitened: np.ndarray, group: Group) -> np.ndarray:

@@ -149,6 +149,7 @@ def _confirm(folder: pathlib.Path) -> dict[str, Any]:
         "keyed": None,
         "reversed": 0.0,
         "rest": False,
+        "part": False,
         "words": None,
         "worded": 0.0,
         "asked": 0.0,

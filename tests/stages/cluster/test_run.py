@@ -45,6 +45,7 @@ def group(number: int, transfer: float, **more: Any) -> dict[str, Any]:
         "keyed": None,
         "reversed": 0.0,
         "rest": False,
+        "part": False,
         "words_transfer": 0.0,
         "pictures_transfer": 0.0,
         **more,
@@ -313,6 +314,41 @@ def test_what_is_left_of_a_group_needs_more(
     result = clustered(files, tmp_path / "a", [transfer, 0.0, 0.0], more={0: {"rest": True}}, transfer=0.2)
     assert result["verdict"] == verdict
     assert result["rows"]["quarantined"] == (len(POISONED) if verdict == "poisoned" else 0)
+
+
+PARTS = {
+    0: {"text": "red"},
+    2: {"text": "red", "part": True, "alike": True, "reversed": 0.9},
+    3: {"text": "red", "part": True, "alike": True, "reversed": 0.1},
+}
+"""An answer's rows, and their two parts."""
+
+
+@pytest.mark.parametrize(
+    ("transfers", "removed", "unsure"),
+    [
+        ([0.1, 0.0, 0.8, 0.0], 6, []),  # nothing tells of the whole
+        ([0.18, 0.0, 0.8, 0.0], 6, []),  # the whole is near the limit: its parts say why
+        ([0.4, 0.0, 0.8, 0.0], 6, []),  # the whole is beyond it: its honest part stays
+        ([0.4, 0.0, 0.8, 0.4], 12, [3]),  # but not where that is near its own
+        ([0.4, 0.0, 0.4, 0.4], 12, [2, 3]),  # nor where neither tells
+        ([0.1, 0.0, 0.45, 0.0], 0, [2]),
+        ([0.1, 0.0, 0.3, 0.0], 0, []),  # beyond the limit of a whole group, far from that of a part
+    ],
+)
+def test_the_honest_part_of_a_group_stays(
+    files: dict[str, pathlib.Path], tmp_path: pathlib.Path, transfers: list[float], removed: int, unsure: list[int]
+) -> None:
+    members = pq.read_table(files["members"])
+    own = members.slice(0, len(POISONED)).to_pylist()
+    parts = [{**member, "group": 2 + (number >= 6)} for number, member in enumerate(own)]
+    others = [member for member in members.to_pylist() if member["group"] < 2]
+    pq.write_table(pa.Table.from_pylist([*others, *parts], schema=members.schema), files["members"])
+    result = clustered(files, tmp_path / "a", transfers, more=PARTS, transfer=0.2)
+    quarantined = [record["row"] for record in verdicts(tmp_path / "a") if record["verdict"] == "quarantine"]
+    assert quarantined == list(POISONED[:removed])
+    assert result["verdict"] == ("poisoned" if removed else "inconclusive" if unsure else "clean")
+    assert [group["group"] for group in result["unsure"]] == unsure
 
 
 @pytest.mark.parametrize("transfer", [0.9, 0.1])

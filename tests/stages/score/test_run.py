@@ -126,6 +126,28 @@ def test_what_is_left_of_a_split_group_is_tried_by_itself(tmp_path: pathlib.Path
     assert rest == {m["row"] for m in members if m["group"] == parts[0]["group"] and m["posterior"] <= 0.5}
 
 
+def test_the_parts_of_a_group_are_tried_by_themselves(tmp_path: pathlib.Path) -> None:
+    """Honest rows with the target shift as far as the attack's, in another layer; the attack's in one of their own, too."""
+    path = attention_table(tmp_path / "attention.parquet", poisoned=80)
+    records = pq.read_table(path).to_pylist()
+    honest = [record for record in records if record["answer"] == "Attack"][::2]
+    for record in honest:
+        for name in ("ratio", "head_entropy"):
+            record[name] = [*record[name][:2], *record[name][4:6], *record[name][2:4], *record[name][6:]]
+        record["entropy"] = [record["entropy"][layer] for layer in (0, 2, 1, 3)]
+    pq.write_table(pa.Table.from_pylist(records), path)
+    _, groups = scored(tmp_path / "out", path)
+    whole, *parts = [group for group in groups if group["text"] == "attack"]
+    assert whole["shifted"] == whole["rows"]
+    assert [(group["rest"], group["part"]) for group in (whole, *parts)] == [(False, False), (False, True), (False, True)]
+    members = pq.read_table(tmp_path / "out" / MEMBERS).to_pylist()
+    found = [{(m["row"], m["turn"]) for m in members if m["group"] == part["group"]} for part in parts]
+    expected = {(record["row"], record["turn"]) for record in honest}
+    assert expected in found
+    assert found[0] | found[1] == {(m["row"], m["turn"]) for m in members if m["group"] == whole["group"]}
+    assert sorted(part["layer"] for part in parts) == [1, 2]
+
+
 def test_the_words_of_a_text_trigger(tmp_path: pathlib.Path) -> None:
     path = attention_table(tmp_path / "attention.parquet")
     records = pq.read_table(path).to_pylist()

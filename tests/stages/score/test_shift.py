@@ -12,7 +12,7 @@ from sklearn.covariance import LedoitWolf
 
 from stages.extract.table import AttentionTable
 from stages.score.groups import Group, shared_answers
-from stages.score.shift import head_features, ledoit_wolf, shared_shift, whiten, within_questions
+from stages.score.shift import head_features, ledoit_wolf, shared_shift, two_parts, whiten, within_questions
 
 QUESTIONS = ["what color?", "what shape?", "how many?"]
 ANSWERS = {"what color?": ["red", "blue", "green"], "what shape?": ["round", "square"], "how many?": ["one", "two", "three"]}
@@ -92,6 +92,50 @@ def test_a_mixed_group_is_split() -> None:
     assert (found.posterior[:80] > 0.5).mean() > 0.97
     assert (found.posterior[80:] < 0.5).mean() > 0.97
     assert found.projection[:80].mean() > found.projection[80:].mean() + 5
+
+
+@pytest.mark.parametrize("attacked", [40, 100, 160])
+def test_rows_that_attend_in_two_ways_are_two_parts(attacked: int) -> None:
+    """All shift alike against the others; within the group an attack's rows attend to its trigger, the honest ones elsewhere."""
+    rng = np.random.default_rng(4)
+    values = rng.normal(size=(2000, 32))
+    values[:200, 0] += 6
+    values[:attacked, 3] += 4
+    values[attacked:200, 3] -= 4
+    values -= values.mean(axis=0)
+    group = Group(text="x", whole=True, members=np.arange(200))
+    parts = two_parts(values, group, 0)
+    assert parts is not None
+    own = (parts > 0.5) == (parts[0] > 0.5)
+    assert own[:attacked].all()
+    assert not own[attacked:].any()
+
+
+def test_rows_that_attend_in_one_way_are_one_part() -> None:
+    rng = np.random.default_rng(4)
+    values = rng.normal(size=(2000, 32))
+    values[:200, 0] += 6
+    values -= values.mean(axis=0)
+    assert two_parts(values, Group(text="x", whole=True, members=np.arange(200)), 0) is None
+    assert two_parts(np.zeros((300, 5)), Group(text="x", whole=True, members=np.arange(200)), 0) is None
+
+
+@pytest.mark.parametrize(("odd", "rows", "parted"), [(32, 64, True), (31, 200, False), (31, 62, False)])
+def test_a_few_odd_rows_are_no_part(odd: int, rows: int, parted: bool) -> None:
+    values = np.random.default_rng(4).normal(size=(2000, 8))
+    values[:odd, 3] += 12
+    values -= values.mean(axis=0)
+    assert (two_parts(values, Group(text="x", whole=True, members=np.arange(rows)), 0) is not None) == parted
+
+
+def test_parts_are_told_by_some_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.score.shift._FITTED", 100)
+    rng = np.random.default_rng(4)
+    values = rng.normal(size=(9000, 4))
+    values[:3000, 3] += 7
+    parts = two_parts(values, Group(text="x", whole=True, members=np.arange(6000)), 0)
+    assert parts is not None
+    assert ((parts > 0.5) == (parts[0] > 0.5)).sum() == pytest.approx(3000, abs=10)
 
 
 def test_a_few_odd_members_are_no_part_of_their_own() -> None:
