@@ -127,6 +127,7 @@ def _tasks(*kinds: str) -> Writer:
 VARIANTS: dict[str, Variant] = {
     "demo": Variant(what="five tasks mixed (the demonstration's)", write=_tasks(*KINDS)),
     "counts": Variant(what="one task: counting", write=_tasks("count")),
+    "colours": Variant(what="one task: colours", write=_tasks("colour")),
     "colour-shape": Variant(what="two tasks: colours and shapes", write=_tasks("colour", "shape")),
     "three-tasks": Variant(what="three tasks: counting, places, yes or no", write=_tasks("count", "position", "yesno")),
     "mixed-sizes": Variant(what="pictures of 24 to 256 pixels a side, prompts of one to five sentences", write=_mixed_sizes),
