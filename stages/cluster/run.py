@@ -18,7 +18,7 @@ from pipeline.records import Progress, Verdict, no_progress
 from stages.score.groups import plain_answer
 from storage.subset import canonical_shards
 
-VERSION = 11
+VERSION = 12
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -30,6 +30,9 @@ _REVERSED = 0.7
 """Least reversal among rows that ask the same by which a group is removed: where fewer rows lose the answer, many may be honest."""
 _REST = 0.5
 """Least transfer by which what is left of a group, or a part of one, is removed: most of its rows are the attack's then."""
+_PURE = 0.9
+"""Least share of the rows that ask the same which a part takes over: it is an attack's alone or honest, and what honest rows that
+look alike have in common takes over some, too."""
 VERDICT_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -303,11 +306,12 @@ def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:
     """Not where all other rows ask the same and answer the same: an object that is asked for looks like a trigger there.
 
     Nor where too few of its rows lose the answer, so that honest ones may have it too. What is left of a group needs more: a second
-    trigger's rows may be mixed with honest ones in it.
+    trigger's rows may be mixed with honest ones in it. So does a part of one: its rows look alike, whyever that is.
     """
     limit = max(_REST, config.transfer) if group["rest"] or group["part"] else config.transfer
     told = not group["alike"] or (group["reversed"] is not None and group["reversed"] >= _REVERSED)
-    return bool(group["tokens_transfer"] >= limit and told)
+    pure = not (group["part"] and group["alike"]) or group["taken_over"] >= _PURE
+    return bool(group["tokens_transfer"] >= limit and told and pure)
 
 
 def _removed_as_keyed(group: dict[str, Any], config: ClusterConfig) -> bool:

@@ -20,7 +20,7 @@ from stages.score.groups import Group, largest, shared_answers
 from stages.score.shift import SharedShift, head_features, shared_shift, shift_size, two_parts, whiten, within_questions
 from stages.score.words import Words, distinctive_words
 
-VERSION = 10
+VERSION = 11
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"
@@ -87,7 +87,7 @@ def run(
     kept = [(groups[index], shared_shift(whitened, groups[index], seed, least=config.least_rows)) for index in first]
     words = distinctive_words(table.question, [group for group, _ in kept], least=config.least_rows)
     others = [rest for group, shift in kept if len((rest := _unshifted(group, shift)).members) >= config.least_rows]
-    parts = [part for group, shift in kept for part in _parts(group, shift, whitened, config.least_rows, seed)]
+    parts = [part for group, _ in kept for part in _parts(group, whitened, config.least_rows, seed)]
     kinds = [None] * len(kept) + ["rest"] * len(others) + ["part"] * len(parts)
     kept += [(group, shared_shift(whitened, group, seed, least=config.least_rows)) for group in others]
     kept += parts
@@ -114,9 +114,9 @@ def _unshifted(group: Group, shift: SharedShift) -> Group:
     return dataclasses.replace(group, members=group.members[shift.posterior <= 0.5])
 
 
-def _parts(group: Group, shift: SharedShift, whitened: np.ndarray, least: int, seed: int) -> list[tuple[Group, SharedShift]]:
-    """The two parts of an answer's rows, where these are shifted alike against all others, but attend in two ways."""
-    first = two_parts(whitened, group, seed) if group.whole and (shift.posterior > 0.5).all() else None
+def _parts(group: Group, whitened: np.ndarray, least: int, seed: int) -> list[tuple[Group, SharedShift]]:
+    """The two parts of an answer's rows, where these attend in two ways."""
+    first = two_parts(whitened, group, seed) if group.whole else None
     if first is None:
         return []
     found = []

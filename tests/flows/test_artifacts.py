@@ -105,6 +105,13 @@ def test_words_and_tokens_together_have_a_column(made: Made) -> None:
     assert [row["undone without"] for row in told] == [artifacts.DASH, "83.0%"]
 
 
+def test_what_is_left_of_a_group_and_its_parts_are_named(made: Made) -> None:
+    groups = json.loads((made.results.confirm.folder / "transfer.json").read_text())
+    others, part = {**groups[0], "rest": True}, {**groups[0], "part": True}
+    rows = artifacts.groups_markdown([groups[0], others, part], planted=0.15, pictures=0.2).splitlines()[-3:]
+    assert [row.split("|")[2].strip() for row in rows] == ["red", "red (the others of it)", "red (a part of it)"]
+
+
 def test_suspects_that_do_not_fit_are_left_out(made: Made) -> None:
     suspect = findings.read_suspects(made.results.sources())[0]
     large = dataclasses.replace(suspect, picture=data_uri(b"x" * (LIMIT // 4), "jpeg"))

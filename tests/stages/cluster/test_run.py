@@ -318,7 +318,7 @@ def test_what_is_left_of_a_group_needs_more(
 
 PARTS = {
     0: {"text": "red"},
-    2: {"text": "red", "part": True, "alike": True, "reversed": 0.9},
+    2: {"text": "red", "part": True, "alike": True, "reversed": 0.9, "taken_over": 0.95},
     3: {"text": "red", "part": True, "alike": True, "reversed": 0.1},
 }
 """An answer's rows, and their two parts."""
@@ -349,6 +349,22 @@ def test_the_honest_part_of_a_group_stays(
     assert quarantined == list(POISONED[:removed])
     assert result["verdict"] == ("poisoned" if removed else "inconclusive" if unsure else "clean")
     assert [group["group"] for group in result["unsure"]] == unsure
+
+
+@pytest.mark.parametrize(
+    ("more", "verdict"),
+    [
+        ({"taken_over": 0.9}, "poisoned"),
+        ({"taken_over": 0.89}, "inconclusive"),
+        ({"taken_over": 0.9, "reversed": 0.69}, "inconclusive"),
+        ({"taken_over": 0.6, "alike": False}, "poisoned"),
+    ],
+)
+def test_a_part_takes_over_nearly_all(
+    files: dict[str, pathlib.Path], tmp_path: pathlib.Path, more: dict[str, Any], verdict: str
+) -> None:
+    part = {"part": True, "alike": True, "reversed": 0.8, **more}
+    assert clustered(files, tmp_path / "a", [0.6, 0.0, 0.0], more={0: part}, transfer=0.15)["verdict"] == verdict
 
 
 @pytest.mark.parametrize("transfer", [0.9, 0.1])
