@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 
 from stages.extract.table import AttentionTable
@@ -219,20 +220,15 @@ def two_parts(whitened: np.ndarray, group: Group, seed: int) -> np.ndarray | Non
     Returns:
         float (members,), the probability of the first part; None where there is one part, or one of fewer than 32 rows.
     """
-    count, dimensions = len(group.members), whitened.shape[1]
-    if count < 2 * _LEAST_PART:
+    some = whitened[np.random.default_rng(seed).permutation(group.members)[:_FITTED]]
+    if len(some) < 2 * _LEAST_PART or np.ptp(some, axis=0).max() < _EQUAL:
         return None
-    mean, covariance = _total(whitened, group) / count, np.zeros((dimensions, dimensions))
-    for rows in _blocks(count):
-        block = whitened[group.members[rows]] - mean
-        covariance += block.T @ block / count
-    leading = np.linalg.eigh(covariance)[1][:, -min(_DIRECTIONS, count // _ROWS_EACH) :]
-    values = np.concatenate([(whitened[group.members[rows]] - mean) @ leading for rows in _blocks(count)])
-    if np.ptp(values) < _EQUAL:
-        return None
-    fitted = np.random.default_rng(seed).permutation(values)[:_FITTED]
+    directions = min(_DIRECTIONS, len(some) // _ROWS_EACH, whitened.shape[1] - 1)
+    leading = PCA(directions, svd_solver="arpack", random_state=seed).fit(some)
+    fitted = leading.transform(some)
     one, two = (GaussianMixture(n, covariance_type="tied", n_init=10, random_state=seed).fit(fitted) for n in (1, 2))
-    first = np.asarray(two.predict_proba(values)[:, 0])
+    blocks = (whitened[group.members[rows]] for rows in _blocks(len(group.members)))
+    first = np.concatenate([two.predict_proba(leading.transform(block))[:, 0] for block in blocks])
     least = min((first > 0.5).sum(), (first <= 0.5).sum())
     return first if least >= _LEAST_PART and one.bic(fitted) - two.bic(fitted) > _VERY_STRONG else None
 
