@@ -18,7 +18,7 @@ from pipeline.records import Progress, Verdict, no_progress
 from stages.score.groups import plain_answer
 from storage.subset import canonical_shards
 
-VERSION = 12
+VERSION = 13
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -115,7 +115,7 @@ def run(
     found = _plain(evidence)
     groups = json.loads(transfer.read_text(encoding="utf-8"))
     _check_decided(groups, config)
-    _shared(found, members, groups, asked, config)
+    staying = _shared(found, members, groups, asked, config)
     if config.method == "bye":
         _by_bye(found)
     planted = _take_canaries(found, canaries, members, groups)
@@ -134,7 +134,8 @@ def run(
     tried = groups if config.method == "transfer" else []
     confirmed = [group for group in tried if _removed(group, config)]
     told = _honest_parts(tried, config).values()
-    unsure = [group for group in tried if group not in confirmed and _unsure(group, config) and _answer(group) not in told]
+    open_ones = [group for group in tried if group not in confirmed and group["group"] in staying and _answer(group) not in told]
+    unsure = [group for group in open_ones if _unsure(group, config)]
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
         "verdict": "poisoned" if removed else "inconclusive" if confirmed or unsure or not found else "clean",
@@ -176,8 +177,12 @@ def _plain(evidence: pathlib.Path) -> dict[int, RowEvidence]:
 
 def _shared(
     found: dict[int, RowEvidence], members: pathlib.Path, groups: list[dict[str, Any]], asked: pathlib.Path, config: ClusterConfig
-) -> None:
-    """Add the evidence of the groups: score is a row's projection on its group's shift, posterior holds for confirmed groups."""
+) -> set[int]:
+    """Add the evidence of the groups: score is a row's projection on its group's shift, posterior holds for confirmed groups.
+
+    Returns:
+        The groups of which a shifted row stays.
+    """
     by_number = {group["group"]: group for group in groups if not _named(group, config.keep)}
     decided = {number for number, group in by_number.items() if _named(group, config.remove)}
     looked_at = {(one["group"], one["row"], one["turn"]): one for one in pq.read_table(asked).to_pylist()}
@@ -230,6 +235,7 @@ def _shared(
                 f"{group['words']['text']!a}; put into other questions these words take over {group['words_transfer']:.0%} "
                 "of the answers",
             )
+    return {record["group"] for record in records if record["posterior"] > 0.5 and not found[record["row"]].suspicious}
 
 
 def _honest_parts(groups: Sequence[dict[str, Any]], config: ClusterConfig) -> dict[int, str]:

@@ -330,8 +330,9 @@ PARTS = {
         ([0.1, 0.0, 0.8, 0.0], 6, []),  # nothing tells of the whole
         ([0.18, 0.0, 0.8, 0.0], 6, []),  # the whole is near the limit: its parts say why
         ([0.4, 0.0, 0.8, 0.0], 6, []),  # the whole is beyond it: its honest part stays
-        ([0.4, 0.0, 0.8, 0.4], 12, [3]),  # but not where that is near its own
-        ([0.4, 0.0, 0.4, 0.4], 12, [2, 3]),  # nor where neither tells
+        ([0.4, 0.0, 0.8, 0.4], 12, []),  # but not where that is near its own
+        ([0.4, 0.0, 0.4, 0.4], 12, []),  # nor where neither tells
+        ([0.1, 0.0, 0.8, 0.4], 6, [3]),
         ([0.1, 0.0, 0.45, 0.0], 0, [2]),
         ([0.1, 0.0, 0.3, 0.0], 0, []),  # beyond the limit of a whole group, far from that of a part
     ],
