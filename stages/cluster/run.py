@@ -18,7 +18,7 @@ from pipeline.records import Progress, Verdict, no_progress
 from stages.score.groups import plain_answer
 from storage.subset import canonical_shards
 
-VERSION = 13
+VERSION = 14
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -207,7 +207,7 @@ def _shared(
                 posterior,
                 f"{alike}; a person has found it to be an attack's (cluster.remove){also}",
             )
-        if (_answer(group), record["row"], record["turn"]) in spared:
+        if group["alike"] and (_answer(group), record["row"], record["turn"]) in spared:
             continue
         if _removed_as_planted(group, config):
             row.suspect(
@@ -239,7 +239,10 @@ def _shared(
 
 
 def _honest_parts(groups: Sequence[dict[str, Any]], config: ClusterConfig) -> dict[int, str]:
-    """By number the answers of parts that do nothing, where the other part of the answer's rows is removed."""
+    """By number the answers of parts that do nothing, where the other part of the answer's rows is removed.
+
+    Their rows stay where only rows that ask the same tell of the whole; else each picture is asked (`stages.confirm.mixed`).
+    """
     parts = [group for group in groups if group["part"]]
     removed = {_answer(group) for group in parts if _removed(group, config)}
     return {group["group"]: group["text"] for group in parts if _answer(group) in removed and _nearness(group, config) < _UNSURE}

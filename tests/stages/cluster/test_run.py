@@ -317,7 +317,7 @@ def test_what_is_left_of_a_group_needs_more(
 
 
 PARTS = {
-    0: {"text": "red"},
+    0: {"text": "red", "alike": True, "reversed": 0.9},
     2: {"text": "red", "part": True, "alike": True, "reversed": 0.9, "taken_over": 0.95},
     3: {"text": "red", "part": True, "alike": True, "reversed": 0.1},
 }
@@ -350,6 +350,17 @@ def test_the_honest_part_of_a_group_stays(
     assert quarantined == list(POISONED[:removed])
     assert result["verdict"] == ("poisoned" if removed else "inconclusive" if unsure else "clean")
     assert [group["group"] for group in result["unsure"]] == unsure
+
+
+def test_parts_spare_no_row_of_what_other_questions_tell_of(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """A part is drawn by attention; where rows that ask something else tell of the attack, its pictures are asked, which is surer."""
+    members = pq.read_table(files["members"])
+    parts = [{**member, "group": 2} for member in members.slice(0, 6).to_pylist()]
+    parts += [{**member, "group": 3} for member in members.slice(6, len(POISONED) - 6).to_pylist()]
+    others = [member for member in members.to_pylist() if member["group"] < 2]
+    pq.write_table(pa.Table.from_pylist([*others, *parts], schema=members.schema), files["members"])
+    more = {**PARTS, 0: {"text": "red", "alike": False}}
+    assert clustered(files, tmp_path / "a", [0.4, 0.0, 0.8, 0.0], more=more, transfer=0.2)["rows"]["quarantined"] == len(POISONED)
 
 
 @pytest.mark.parametrize(
