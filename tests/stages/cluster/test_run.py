@@ -353,7 +353,7 @@ def test_the_honest_part_of_a_group_stays(
 
 
 def test_parts_spare_no_row_of_what_other_questions_tell_of(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
-    """Where rows that ask something else tell of the attack, its pictures are asked: that is surer than a part drawn by attention."""
+    """Where other kinds of questions tell of the attack, its pictures are asked, which is surer than what they attend to."""
     members = pq.read_table(files["members"])
     parts = [{**member, "group": 2} for member in members.slice(0, 6).to_pylist()]
     parts += [{**member, "group": 3} for member in members.slice(6, len(POISONED) - 6).to_pylist()]
