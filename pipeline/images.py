@@ -26,7 +26,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations in which width and height change places."""
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -82,8 +83,8 @@ def image_size(data: bytes) -> tuple[int, int]:
     """Width and height, upright, of a picture that ingest has checked; only its header is read."""
     with _quiet(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    return (height, width) if turn in _SIDEWAYS else (width, height)
+        sideways = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+    return (height, width) if sideways else (width, height)
 
 
 def encode_png(image: Image.Image) -> bytes:

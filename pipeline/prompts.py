@@ -108,24 +108,19 @@ def check_lengths(processor: Any, examples: Iterable[Example], max_length: int) 
     Raises:
         SubmissionError: an example that the chat template refuses, or longer than `max_length`; names the row.
     """
-    image_tokens = functools.lru_cache(functools.partial(_image_tokens, processor))
+    count: Any = getattr(processor, "_get_num_multimodal_tokens", None)  # of (height, width); transformers has it for other servers
+    image_tokens = functools.lru_cache(lambda size: int(count(image_sizes=[size[::-1]])["num_image_tokens"][0]))
     for example in examples:
         prompt = _row_prompt(processor, example)
         length = token_count(processor, prompt + _row_completion(processor, example, prompt))
         _check_length(example, length, max_length, "without")
-        if length + sum(image_tokens(image_size(image)) for image in example.images) > max_length:
+        if count is not None and length + sum(image_tokens(image_size(image)) for image in example.images) > max_length:
             encode_training(processor, [example], max_length)
 
 
 def token_count(processor: Any, text: str) -> int:
     """Tokens of a text as it is, with none added around it."""
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _image_tokens(processor: Any, size: tuple[int, int]) -> int:
-    """Tokens of a picture of this width and height; 0 where the processor doesn't tell. Transformers has it for other servers."""
-    count = getattr(processor, "_get_num_multimodal_tokens", None)
-    return int(count(image_sizes=[size[::-1]])["num_image_tokens"][0]) if count is not None else 0
 
 
 def _check_length(example: Example, length: int, max_length: int, pictures: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,8 @@ def run(
     found = _plain(evidence)
     groups = json.loads(transfer.read_text(encoding="utf-8"))
     _check_decided(groups, config)
-    staying = _shared(found, members, groups, asked, config)
+    honest = _honest_parts(groups, config)
+    staying = _shared(found, members, groups, asked, honest, config)
     if config.method == "bye":
         _by_bye(found)
     planted = _take_canaries(found, canaries, members, groups)
@@ -133,9 +134,8 @@ def run(
     pq.write_table(table, out / VERDICTS, compression="zstd")
     tried = groups if config.method == "transfer" else []
     confirmed = [group for group in tried if _removed(group, config)]
-    told = _honest_parts(tried, config).values()
-    open_ones = [group for group in tried if group not in confirmed and group["group"] in staying and _answer(group) not in told]
-    unsure = [group for group in open_ones if _unsure(group, config)]
+    undecided = [group for group in tried if group["group"] in staying and _answer(group) not in honest.values()]
+    unsure = [group for group in undecided if group not in confirmed and _unsure(group, config)]
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
         "verdict": "poisoned" if removed else "inconclusive" if confirmed or unsure or not found else "clean",
@@ -176,9 +176,16 @@ def _plain(evidence: pathlib.Path) -> dict[int, RowEvidence]:
 
 
 def _shared(
-    found: dict[int, RowEvidence], members: pathlib.Path, groups: list[dict[str, Any]], asked: pathlib.Path, config: ClusterConfig
+    found: dict[int, RowEvidence],
+    members: pathlib.Path,
+    groups: list[dict[str, Any]],
+    asked: pathlib.Path,
+    honest: Mapping[int, str],
+    config: ClusterConfig,
 ) -> set[int]:
     """Add the evidence of the groups: score is a row's projection on its group's shift, posterior holds for confirmed groups.
+
+    `honest` are the parts of answers whose rows stay (`_honest_parts`).
 
     Returns:
         The groups of which a shifted row stays.
@@ -187,7 +194,6 @@ def _shared(
     decided = {number for number, group in by_number.items() if _named(group, config.remove)}
     looked_at = {(one["group"], one["row"], one["turn"]): one for one in pq.read_table(asked).to_pylist()}
     records = pq.read_table(members).to_pylist()
-    honest = _honest_parts(groups, config)
     spared = {(honest[one["group"]], one["row"], one["turn"]) for one in records if one["group"] in honest}
     for record in records:
         row, group = found[record["row"]], by_number.get(record["group"])
@@ -318,17 +324,18 @@ def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:
     trigger's rows may be mixed with honest ones in it. So does a part of one: its rows look alike, whyever that is.
     """
     limit = max(_REST, config.transfer) if group["rest"] or group["part"] else config.transfer
-    told = not group["alike"] or (group["reversed"] is not None and group["reversed"] >= _REVERSED)
     pure = not (group["part"] and group["alike"]) or group["taken_over"] >= _PURE
-    return bool(group["tokens_transfer"] >= limit and told and pure)
+    return bool(group["tokens_transfer"] >= limit and _told(group) and pure)
 
 
 def _removed_as_keyed(group: dict[str, Any], config: ClusterConfig) -> bool:
     keyed = group["keyed"]
-    if keyed is None:
-        return False
-    told = not keyed["alike"] or (keyed["reversed"] is not None and keyed["reversed"] >= _REVERSED)
-    return bool(told and keyed["transfer"] >= config.transfer)
+    return bool(keyed is not None and _told(keyed) and keyed["transfer"] >= config.transfer)
+
+
+def _told(way: dict[str, Any]) -> bool:
+    """Whether the rows lose the answer without what was planted, where that was asked for."""
+    return not way["alike"] or (way["reversed"] is not None and way["reversed"] >= _REVERSED)
 
 
 def _removed_as_worded(group: dict[str, Any], config: ClusterConfig) -> bool:

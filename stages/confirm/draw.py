@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from stages.confirm.asking import question_types, questions_to_ask
+from stages.score.groups import MANY
 from stages.score.words import bare_question
 from storage.subset import Place
 
@@ -20,8 +21,6 @@ LEAST_HOSTS = 8
 LEAST_QUESTIONS = 32
 """Questions of another kind that must be found, half of which must not get a group's answer anyway: a smaller share of them tells,
 so chance must weigh less."""
-MANY = 32
-"""Fewest shifted members whose mean is nobody's picture: of fewer, what they show in one place is left in it."""
 _DRAW = 19  # stream of random numbers
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.confirm.draw import LEAST_HOSTS, LEAST_QUESTIONS, MANY
+from stages.confirm.draw import LEAST_HOSTS, LEAST_QUESTIONS
 from stages.confirm.worker import HONEST
+from stages.score.groups import MANY
 
 _LEAST_KEPT = 0.5
 """Least share of the other rows whose answers a group's words leave as they are, for the words to be a key: instructions do not."""

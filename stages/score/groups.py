@@ -23,6 +23,8 @@ _OUTER = " .,;:!?¡¿…'\"`´‘’‚‛“”„‟«»‹›。，、；：�
 """What may stand around an answer and is no part of it. Signs that may be one (a minus, a percent, a bracket) are not here."""
 LONGEST_PHRASE = 4
 """Words in the longest phrase that is looked for."""
+MANY = 32
+"""Fewest rows whose mean is nobody's picture: of fewer, what they show in one place is left in it."""
 MOST_GROUPS = 5000
 """Whole answers that are measured at most, and as many phrases: each group costs a pass over its rows' features, 10,000 of them
 minutes. Apart, since an honest submission may have any number of answers, and the phrase of an attack must not wait behind them."""

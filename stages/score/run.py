@@ -89,9 +89,9 @@ def run(
     others = [rest for group, shift in kept if len((rest := _unshifted(group, shift)).members) >= config.least_rows]
     parts = [part for group, _ in kept for part in _parts(group, whitened, config.least_rows, seed)]
     kinds = [None] * len(kept) + ["rest"] * len(others) + ["part"] * len(parts)
-    kept += [(group, shared_shift(whitened, group, seed, least=config.least_rows)) for group in others]
-    kept += parts
-    words += distinctive_words(table.question, [group for group, _ in kept[len(words) :]], least=config.least_rows)
+    more = [(group, shared_shift(whitened, group, seed, least=config.least_rows)) for group in others] + parts
+    kept += more
+    words += distinctive_words(table.question, [group for group, _ in more], least=config.least_rows)
     described = [
         {**_describe(number, *found, words[number], table.entropy), "rest": kind == "rest", "part": kind == "part"}
         for number, (found, kind) in enumerate(zip(kept, kinds, strict=True))

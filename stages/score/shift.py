@@ -16,7 +16,7 @@ from sklearn.mixture import GaussianMixture
 
 from stages.extract.table import AttentionTable
 from stages.score.bye import two_components
-from stages.score.groups import Group, plain_answer
+from stages.score.groups import MANY, Group, plain_answer
 
 _CLIP = 6.0
 """Robust deviations beyond which a feature counts no further."""
@@ -30,11 +30,10 @@ _LEAST_WITHIN = 0.01
 """Least share of the variance along a shift that is taken to be within the group and the others."""
 _DIRECTIONS, _ROWS_EACH, _FITTED = 20, 10, 4096
 """Most directions in which a group's rows differ the most, fewest rows for each, and most rows, by which its parts are told."""
-_LEAST_PART = 32
-"""Fewest rows of a part: of fewer, what they show in one place is left in their mean."""
 _VERY_STRONG = 10.0
 """Difference of the Bayesian information criterion from which evidence is very strong (Kass and Raftery, 1995, section 3.2)."""
 _EQUAL = 1e-9
+"""Largest spread of features that are all the same."""
 _SPLIT_SEPARATION = 2.0
 """Bimodal separation (BYE's index) from which a group is two groups: rows of an attack, and honest rows with the same answer."""
 
@@ -218,10 +217,10 @@ def two_parts(whitened: np.ndarray, group: Group, seed: int) -> np.ndarray | Non
         seed: of the mixture.
 
     Returns:
-        float (members,), the probability of the first part; None where there is one part, or one of fewer than 32 rows.
+        float (members,), the probability of the first part; None where there is one part, or one of fewer than `MANY` rows.
     """
     some = whitened[np.random.default_rng(seed).permutation(group.members)[:_FITTED]]
-    if len(some) < 2 * _LEAST_PART or np.ptp(some, axis=0).max() < _EQUAL:
+    if len(some) < 2 * MANY or np.ptp(some, axis=0).max() < _EQUAL:
         return None
     directions = min(_DIRECTIONS, len(some) // _ROWS_EACH, whitened.shape[1] - 1)
     leading = PCA(directions, svd_solver="arpack", random_state=seed).fit(some)
@@ -230,7 +229,7 @@ def two_parts(whitened: np.ndarray, group: Group, seed: int) -> np.ndarray | Non
     blocks = (whitened[group.members[rows]] for rows in _blocks(len(group.members)))
     first = np.concatenate([two.predict_proba(leading.transform(block))[:, 0] for block in blocks])
     least = min((first > 0.5).sum(), (first <= 0.5).sum())
-    return first if least >= _LEAST_PART and one.bic(fitted) - two.bic(fitted) > _VERY_STRONG else None
+    return first if least >= MANY and one.bic(fitted) - two.bic(fitted) > _VERY_STRONG else None
 
 
 def _total(whitened: np.ndarray, group: Group) -> np.ndarray:
