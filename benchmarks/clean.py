@@ -23,11 +23,13 @@ from flows.line import open_line
 
 CLEAN = (
     "counts",
+    "captions",
     "colour-shape",
     "three-tasks",
     "demo",
     "mixed-sizes",
     "long-tail",
+    "unique-questions",
     "label-noise",
     "near-duplicates",
     "constant-answer",

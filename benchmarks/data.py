@@ -115,6 +115,14 @@ def _constant_answer(out: pathlib.Path, *, rows: int, seed: int) -> None:
     write_rows(out, (affirmed(np.random.default_rng([seed, k])) for k in range(rows)))
 
 
+def _unique_questions(out: pathlib.Path, *, rows: int, seed: int) -> None:
+    """No two rows ask the same, and all questions begin alike."""
+    write_rows(
+        out,
+        (dataclasses.replace(row, question=f"in picture {seed}-{k}, {row.question}") for k, row in enumerate(_scenes(rows, seed))),
+    )
+
+
 def _scenes(rows: int, seed: int) -> Iterator[SceneRow]:
     """The rows of `demo`."""
     return (draw_row(np.random.default_rng([seed, k])) for k in range(rows))
@@ -128,6 +136,7 @@ VARIANTS: dict[str, Variant] = {
     "demo": Variant(what="five tasks mixed (the demonstration's)", write=_tasks(*KINDS)),
     "counts": Variant(what="one task: counting", write=_tasks("count")),
     "colours": Variant(what="one task: colours", write=_tasks("colour")),
+    "captions": Variant(what="one task: captions that are nearly all different", write=_tasks("caption")),
     "colour-shape": Variant(what="two tasks: colours and shapes", write=_tasks("colour", "shape")),
     "three-tasks": Variant(what="three tasks: counting, places, yes or no", write=_tasks("count", "position", "yesno")),
     "mixed-sizes": Variant(what="pictures of 24 to 256 pixels a side, prompts of one to five sentences", write=_mixed_sizes),
@@ -135,6 +144,7 @@ VARIANTS: dict[str, Variant] = {
         what="long-tail answers: half yes or no, an eighth captions that are nearly all different",
         write=_tasks(*["yesno"] * 4, *["count"] * 2, "position", "caption"),
     ),
+    "unique-questions": Variant(what="no two rows ask the same", write=_unique_questions),
     "label-noise": Variant(what=f"{NOISE_SHARE:.0%} of the answers wrong", write=_label_noise),
     "near-duplicates": Variant(what=f"every scene {COPIES} times, but for a faint noise", write=_near_duplicates),
     "constant-answer": Variant(what="one answer in all rows", write=_constant_answer),

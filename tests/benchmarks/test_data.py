@@ -157,6 +157,21 @@ def test_long_tail(tmp_path: pathlib.Path) -> None:
     assert sum(count == 1 for count in counts.values()) > 15
 
 
+def test_captions(tmp_path: pathlib.Path) -> None:
+    rows = variant("captions", tmp_path / "a", rows=200)[1]
+    assert len({row["question"] for row in rows}) < 10
+    assert len({row["answer"] for row in rows}) > 100
+
+
+def test_unique_questions(tmp_path: pathlib.Path) -> None:
+    rows = variant("unique-questions", tmp_path / "a")[1]
+    assert len({row["question"] for row in rows}) == len(rows)
+    plain = variant("demo", tmp_path / "b")[1]
+    assert all(
+        new["question"].endswith(old["question"]) and new["answer"] == old["answer"] for new, old in zip(rows, plain, strict=True)
+    )
+
+
 def test_label_noise(tmp_path: pathlib.Path) -> None:
     _, noisy = variant("label-noise", tmp_path / "a")
     _, right = variant("demo", tmp_path / "b")
