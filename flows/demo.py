@@ -58,6 +58,7 @@ def run_demo(out: pathlib.Path, *, rows: int, seed: int, base: pathlib.Path | No
     """
     _take_place(out)
     data = _make_data(out, rows=rows, seed=seed)
+    shutil.rmtree(out / "delivery", ignore_errors=True)  # of another seed, perhaps: that of another submission is not replaced
     sanitized = run_sanitize(data / "poisoned" / SUBMISSION, out / "delivery", base=base, config=config, store=out / "store")
     started = time.monotonic()
     # In this process: Ray's start would take longer than the measuring.

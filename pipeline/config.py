@@ -33,6 +33,12 @@ class IngestConfig(Section):
     )
     max_images: int = pydantic.Field(64, gt=0, description="Most pictures in a row; one with more is rejected.")
     max_text: int = pydantic.Field(100_000, gt=0, description="Longest row, characters over all turns; a longer one is rejected.")
+    rejection_cap: float = pydantic.Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the rows that may be unusable; more end the run with an error that tells why they are.",
+    )
     shard_rows: int = pydantic.Field(512, gt=0, description="Rows in one of the files that the stages read.")
 
 

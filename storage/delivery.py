@@ -12,6 +12,7 @@ manifest.json               sha256 of every other file, and the facts of the run
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Collection
 from typing import Any
@@ -36,11 +37,17 @@ REPORTS = ("report.html", "report.json")
 KEPT = (Verdict.KEEP, Verdict.NOT_SCORED)
 
 
-def check_place(out: pathlib.Path, submission: pathlib.Path) -> None:
-    """Refuse a place for a delivery that would overwrite something else.
+def check_place(out: pathlib.Path, submission: pathlib.Path, digest: str | None = None) -> None:
+    """Refuse a place for a delivery that can't be written, or where it would overwrite something else.
+
+    Args:
+        out: the place.
+        submission: what was submitted.
+        digest: what `digest_submission` gave; the delivery of another submission stays where it is.
 
     Raises:
-        ConfigError: `out` holds something that is no delivery, or lies in the submission, or the submission in it.
+        ConfigError: `out` holds something that is no delivery, or that of another submission, it lies in the submission, or the
+            submission in it, or it can't be made there.
     """
     here, data = out.absolute().resolve(), submission.absolute().resolve()
     if here == data or here.is_relative_to(data) or data.is_relative_to(here):
@@ -49,6 +56,11 @@ def check_place(out: pathlib.Path, submission: pathlib.Path) -> None:
         raise ConfigError(f"--out {out}: not a folder")
     if out.is_dir() and any(out.iterdir()) and not is_delivery(out):
         raise ConfigError(f"--out {out}: the folder holds something that is no delivery; name an empty or a new folder")
+    if digest is not None and is_delivery(out) and _submission_of(out) not in (None, digest):
+        raise ConfigError(f"--out {out}: the folder holds the delivery of another submission; name another one, or remove it")
+    above = next(folder for folder in here.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: nothing can be written into {above}; name another folder")
 
 
 def is_delivery(folder: pathlib.Path) -> bool:
@@ -57,6 +69,13 @@ def is_delivery(folder: pathlib.Path) -> bool:
         return bool(_read_manifest(folder)["kind"] == KIND)
     except (IntegrityError, LookupError, TypeError):
         return False
+
+
+def _submission_of(folder: pathlib.Path) -> str | None:
+    """The digest of the submission that a delivery was made of, if it says so."""
+    found = _read_manifest(folder).get("submission")
+    digest = found.get("digest") if isinstance(found, dict) else None
+    return digest if isinstance(digest, str) else None
 
 
 def commit_delivery(folder: pathlib.Path, out: pathlib.Path) -> None:
@@ -165,5 +184,6 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{folder.name}: {MANIFEST} is missing or can't be read") from error
+        missing = f"{MANIFEST} is missing or can't be read" if folder.is_dir() else "there is no such folder"
+        raise IntegrityError(f"{folder}: {missing}") from error
     return manifest

@@ -58,12 +58,12 @@ def run(
         The summary: keep, quarantine, not_scored and rejected rows, files, and the manifest's sha256.
 
     Raises:
-        ConfigError: `out` holds something else.
+        ConfigError: as `check_place`.
         SubmissionError: the submission has changed.
         ModelError: the adapter folder holds pickled files or code, or no weights or guard.
         StageError: the verdicts don't fit the submission, a report is no JSON, or the disk can't be written.
     """
-    check_place(out, submission)
+    check_place(out, submission, digest)
     if digest is not None and digest_submission(submission) != digest:
         raise SubmissionError(f"{submission.name}: it has changed since it was read; run again")
     source = open_submission(submission, config)

@@ -9,14 +9,14 @@ from typing import Any
 
 from pipeline.config import IngestConfig
 from pipeline.errors import SubmissionError
-from pipeline.records import Progress, Rejection, Sample, no_progress, text_of
-from storage.formats import Reason, digest_submission, open_submission
+from pipeline.records import Progress, Rejection, no_progress
+from storage.formats import digest_submission, open_submission
 from storage.manifests import to_json
 from storage.shards import REJECTED, ShardWriter, write_rejected
 
 __all__ = ["REJECTED", "ROWS", "SUBMISSION", "VERSION", "digest_submission", "run"]
 
-VERSION = 1
+VERSION = 2
 ROWS = "rows"
 SUBMISSION = "submission.json"
 
@@ -42,7 +42,7 @@ def run(
         The summary: format, submitted, accepted, rejected, rejected_by_reason, text_only, examples.
 
     Raises:
-        SubmissionError: the submission can't be read, or has no usable row.
+        SubmissionError: the submission can't be read, more of its rows than the configured share can't be used, or none can.
     """
     source = open_submission(submission, config)
     submitted = source.count()
@@ -52,14 +52,13 @@ def run(
     writer = ShardWriter(out / ROWS, rows=config.shard_rows)
     rejections: list[Rejection] = []
     counts: collections.Counter[str] = collections.Counter()
-    for row in source.rows():
-        checked = _without_tokens(row, special_tokens)
-        if isinstance(checked, Rejection):
-            rejections.append(checked)
+    for row in source.rows(special_tokens):
+        if isinstance(row, Rejection):
+            rejections.append(row)
         else:
-            writer.add(checked)
-            counts["text_only"] += not checked.images
-            counts["examples"] += sum(message["role"] == "assistant" for message in checked.messages)
+            writer.add(row)
+            counts["text_only"] += not row.images
+            counts["examples"] += sum(message["role"] == "assistant" for message in row.messages)
         if row.row % 100 == 99:
             progress((row.row + 1) / submitted, f"{row.row + 1} of {submitted} rows")
     writer.close()
@@ -68,33 +67,29 @@ def run(
         "submitted": submitted,
         "accepted": submitted - len(rejections),
         "rejected": len(rejections),
-        "rejected_by_reason": dict(sorted(collections.Counter(_kind(rejection) for rejection in rejections).items())),
+        "rejected_by_reason": dict(sorted(_kinds(rejections).items())),
         "text_only": counts["text_only"],
         "examples": counts["examples"],
     }
     if not summary["accepted"]:
-        raise SubmissionError(f"{source.name}: none of {submitted} rows can be used; the first: {_first(rejections)}")
+        raise SubmissionError(f"{source.name}: none of {submitted} rows can be used; {_told(rejections)}")
+    if len(rejections) > config.rejection_cap * submitted:
+        raise SubmissionError(
+            f"{source.name}: {len(rejections)} of {submitted} rows can't be used, more than ingest.rejection_cap = "
+            f"{config.rejection_cap:.0%}; {_told(rejections)}"
+        )
     write_rejected(out / REJECTED, rejections)
     (out / SUBMISSION).write_bytes(to_json(summary))
     progress(1.0, f"{summary['accepted']} of {submitted} rows accepted")
     return summary
 
 
-def _without_tokens(row: Sample | Rejection, special_tokens: Sequence[str]) -> Sample | Rejection:
-    if isinstance(row, Rejection):
-        return row
-    for message in row.messages:
-        text = text_of(message)
-        token = next((token for token in special_tokens if token and token in text), None)
-        if token is not None:
-            reason = f"{Reason.SPECIAL_TOKEN}: {token!a} would be read as control by the model; write it otherwise"
-            return Rejection(row=row.row, reason=reason, where=f"row {row.row}, turn of the {message['role']}")
-    return row
+def _kinds(rejections: Sequence[Rejection]) -> collections.Counter[str]:
+    """How many rows were rejected for each kind of reason."""
+    return collections.Counter(rejection.reason.partition(":")[0] for rejection in rejections)
 
 
-def _kind(rejection: Rejection) -> str:
-    return rejection.reason.partition(":")[0]
-
-
-def _first(rejections: Sequence[Rejection]) -> str:
-    return "; ".join(f"{rejection.where}: {rejection.reason}" for rejection in rejections[:3])
+def _told(rejections: Sequence[Rejection]) -> str:
+    """How many for what, and the first ones, for a message."""
+    counts = ", ".join(f"{rows} {kind}" for kind, rows in _kinds(rejections).most_common())
+    return f"{counts}; the first: " + "; ".join(f"{rejection.where}: {rejection.reason}" for rejection in rejections[:3])

@@ -63,8 +63,11 @@ class Submission(Protocol):
     def count(self) -> int:
         """Number of rows, usable or not."""
 
-    def rows(self) -> Iterator[Sample | Rejection]:
+    def rows(self, special_tokens: Sequence[str] = ()) -> Iterator[Sample | Rejection]:
         """Every row in order.
+
+        Args:
+            special_tokens: what no turn of a row may spell out.
 
         Raises:
             SubmissionError: a file that can't be read on.

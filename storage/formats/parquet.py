@@ -19,7 +19,7 @@ from storage.formats import llava
 from storage.formats.base import Pick, Reason, RowError, merged
 from storage.formats.columns import Layout, check_expansion, layout_of
 from storage.formats.paths import open_file
-from storage.formats.turns import conversation, encoded_alike, make_sample, question_and_answer
+from storage.formats.turns import conversation, encoded_alike, make_sample, question_and_answer, without_tokens
 
 NAME = "parquet"
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -56,13 +56,13 @@ class ParquetSubmission:
         """Number of rows."""
         return sum(self._rows_in(name) for name in self.files)
 
-    def rows(self) -> Iterator[Sample | Rejection]:
+    def rows(self, special_tokens: Sequence[str] = ()) -> Iterator[Sample | Rejection]:
         """Every row in order, read in small batches; all columns, so that damage shows before any work is done."""
         row = 0
         for name in self.files:
             for index, record in enumerate(_records(self.root, name)):
                 try:
-                    yield self._sample(row, record)
+                    yield without_tokens(self._sample(row, record), special_tokens)
                 except RowError as error:
                     yield Rejection(row=row, reason=str(error), where=f"{name} row {index}")
                 row += 1

@@ -26,16 +26,16 @@ def safe_parts(name: str) -> tuple[str, ...]:
         RowError: UNSAFE_PATH or URL.
     """
     if _URL.match(name):
-        raise RowError(Reason.URL, "URLs are not fetched; put the picture into the folder")
+        raise RowError(Reason.URL, f"{quote(name)}: URLs are not fetched; put the picture into the folder")
     if name.startswith("/"):
-        raise RowError(Reason.UNSAFE_PATH, "an absolute path; name the picture relative to the folder")
+        raise RowError(Reason.UNSAFE_PATH, f"{quote(name)} is an absolute path; name the picture relative to the folder")
     if _DRIVE.match(name) or "\\" in name:
-        raise RowError(Reason.UNSAFE_PATH, "a drive letter or a backslash; separate folders by /")
+        raise RowError(Reason.UNSAFE_PATH, f"{quote(name)} has a drive letter or a backslash; separate folders by /")
     if _CONTROL.search(name):
-        raise RowError(Reason.UNSAFE_PATH, "a control character in the name")
+        raise RowError(Reason.UNSAFE_PATH, f"{quote(name)} has a control character")
     parts = tuple(part for part in name.split("/") if part not in ("", "."))
     if not parts or name.endswith("/"):
-        raise RowError(Reason.UNSAFE_PATH, "no file name")
+        raise RowError(Reason.UNSAFE_PATH, f"{quote(name)} names no file")
     if ".." in parts:
         raise RowError(Reason.UNSAFE_PATH, f"{quote(name)} leaves the folder")
     if len(parts) > MAX_DEPTH:

@@ -124,7 +124,7 @@ class RowFile:
             for row, (start, end) in enumerate(_spans(text, decoder)):
                 yield RawRow(row=row, data=text[start:end].encode(), where=f"{self.name} element {row}")
         except json.JSONDecodeError as error:
-            raise SubmissionError(f"{self.name} line {error.lineno}: not a JSON array: {error.msg}") from error
+            raise SubmissionError(f"{self.name} line {error.lineno} column {error.colno}: not a JSON array: {error.msg}") from error
         except (RecursionError, ValueError) as error:
             raise SubmissionError(f"{self.name}: not a JSON array that can be read: {error}") from error
 
@@ -172,7 +172,7 @@ def parse_json(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise RowError(Reason.NOT_JSON, "a number of too many digits") from error
     if not isinstance(value, dict):
-        raise RowError(Reason.WRONG_TYPE, f"a row is an object, not {type(value).__name__}")
+        raise RowError(Reason.WRONG_TYPE, f"a row must be an object, not {type(value).__name__}")
     return value
 
 

@@ -13,7 +13,7 @@ from pipeline.records import Message, Rejection, Sample
 from storage.formats.base import Pick, RowError, merged
 from storage.formats.paths import read_inside, safe_parts
 from storage.formats.rowfile import RawRow, RowFile
-from storage.formats.turns import encoded_alike, make_sample, read_pictures
+from storage.formats.turns import encoded_alike, make_sample, read_pictures, without_tokens
 
 
 class Scheme(Protocol):
@@ -54,12 +54,12 @@ class TextSubmission:
         """Number of rows."""
         return sum(1 for _ in self.file.raw_rows())
 
-    def rows(self) -> Iterator[Sample | Rejection]:
+    def rows(self, special_tokens: Sequence[str] = ()) -> Iterator[Sample | Rejection]:
         """Every row in order; its pictures are read one row at a time."""
         for raw in self.file.raw_rows():
             try:
                 value = self.file.parse(raw)
-                yield self._sample(raw.row, value)
+                yield without_tokens(self._sample(raw.row, value), special_tokens)
             except RowError as error:
                 yield Rejection(row=raw.row, reason=str(error), where=raw.where)
 

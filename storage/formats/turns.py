@@ -26,7 +26,7 @@ def text_field(value: Mapping[str, Any], name: str) -> str:
         raise RowError(Reason.MISSING_FIELD, name)
     text = value[name]
     if not isinstance(text, str):
-        raise RowError(Reason.WRONG_TYPE, f"{name} is text, not {type(text).__name__}")
+        raise RowError(Reason.WRONG_TYPE, f"{name} must be text, not {type(text).__name__}")
     return text
 
 
@@ -72,11 +72,11 @@ def conversation(turns: object, *, roles: Mapping[str, str], who: str, what: str
         RowError: not such a list, or an unknown role.
     """
     if not isinstance(turns, list):
-        raise RowError(Reason.WRONG_TYPE, f"the turns are a list, not {type(turns).__name__}")
+        raise RowError(Reason.WRONG_TYPE, f"the turns must be a list, not {type(turns).__name__}")
     messages: list[Message] = []
     for turn in turns:
         if not isinstance(turn, dict):
-            raise RowError(Reason.WRONG_TYPE, f"a turn is an object, not {type(turn).__name__}")
+            raise RowError(Reason.WRONG_TYPE, f"a turn must be an object, not {type(turn).__name__}")
         role = text_field(turn, who)
         if role not in roles:
             raise RowError(Reason.UNKNOWN_ROLE, f"{quote(role)}; known are {', '.join(roles)}")
@@ -105,25 +105,46 @@ def make_sample(
     _check_text(placed, config.max_text)
     if len(images) > config.max_images:
         raise RowError(Reason.TOO_MANY_PICTURES, f"{len(images)}; the limit is {config.max_images}")
-    for image in images:
-        check_picture(image, config)
+    for number, image in enumerate(images, 1):
+        check_picture(image, config, f"picture {number} of {len(images)}: " if len(images) > 1 else "")
     return Sample(row=row, messages=placed, images=tuple(images))
 
 
-def check_picture(data: bytes, config: IngestConfig) -> None:
+def without_tokens(sample: Sample, special_tokens: Sequence[str]) -> Sample:
+    """The sample as it is.
+
+    Raises:
+        RowError: SPECIAL_TOKEN; a turn spells out what the base's tokenizer reads as control.
+    """
+    for message in sample.messages:
+        token = next((token for token in special_tokens if token and token in text_of(message)), None)
+        if token is not None:
+            raise RowError(
+                Reason.SPECIAL_TOKEN,
+                f"{token!a} in a turn of the {message['role']} would be read as control by the model; write it otherwise",
+            )
+    return sample
+
+
+def check_picture(data: bytes, config: IngestConfig, which: str = "") -> None:
     """Decode a picture within the limits.
+
+    Args:
+        data: the encoded picture.
+        config: the limits.
+        which: what names it in a message.
 
     Raises:
         RowError: PICTURE_TOO_LARGE or PICTURE_REFUSED.
     """
     if len(data) > config.max_image_bytes:
-        raise RowError(Reason.PICTURE_TOO_LARGE, f"{len(data)} bytes; the limit is {config.max_image_bytes}")
+        raise RowError(Reason.PICTURE_TOO_LARGE, f"{which}{len(data)} bytes; the limit is {config.max_image_bytes}")
     try:
         decode_image(data, max_pixels=config.max_pixels)
     except ImageSizeError as error:
-        raise RowError(Reason.PICTURE_TOO_LARGE, str(error)) from error
+        raise RowError(Reason.PICTURE_TOO_LARGE, f"{which}{error}") from error
     except ImageError as error:
-        raise RowError(Reason.PICTURE_REFUSED, str(error)) from error
+        raise RowError(Reason.PICTURE_REFUSED, f"{which}{error}") from error
 
 
 def read_pictures(root: pathlib.Path, names: Sequence[str], config: IngestConfig) -> list[bytes]:
@@ -158,7 +179,7 @@ def _content(turn: Mapping[str, Any], what: str, *, split: bool) -> list[Part]:
         elif kind == "image_url":
             raise RowError(Reason.URL, "URLs are not fetched; put the picture into the column")
         else:
-            raise RowError(Reason.WRONG_TYPE, "a part of a turn is {type: image} or {type: text, text}")
+            raise RowError(Reason.WRONG_TYPE, "a part of a turn must be {type: image} or {type: text, text}")
     return parts
 
 

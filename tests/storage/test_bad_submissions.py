@@ -133,7 +133,7 @@ CASES: list[tuple[str, str, Build, str | None]] = [
     ("no Parquet rows", "there are no rows", lambda folder: parquet(folder, []), None),
     (
         "all rows bad",
-        "none of 2 rows can be used; the first: metadata.jsonl line 1: not JSON",
+        "none of 2 rows can be used; 2 not JSON; the first: metadata.jsonl line 1: not JSON",
         file("metadata.jsonl", "a\nb\n"),
         None,
     ),
@@ -151,7 +151,7 @@ CASES: list[tuple[str, str, Build, str | None]] = [
     ("another format asked for", "no file in it can be of the format parquet", GOOD_FOLDER, "parquet"),
     ("LLaVA asked for", "no file in it can be of the format llava", GOOD_FOLDER, "llava"),
     ("imagefolder asked for", "no file in it can be of the format imagefolder", GOOD_PARQUET, "imagefolder"),
-    ("array cut short", "data.json line 1: not a JSON array", cut(GOOD_ARRAY, "data.json", 80), None),
+    ("array cut short", "data.json line 1 column 75: not a JSON array", cut(GOOD_ARRAY, "data.json", 80), None),
     ("array not closed", "a comma or ] is missing", file("data.json", '[{"conversations": []}'), None),
     ("text after the array", "text after the array", file("data.json", '[{"conversations": []}] x'), None),
     ("array without comma", "a comma or ] is missing", file("data.json", '[{"conversations": []} {}]'), None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -47,9 +48,21 @@ def test_places_that_are_taken(submission: pathlib.Path, tmp_path: pathlib.Path,
     ):
         with pytest.raises(ConfigError, match=f"--out .*{says}"):
             check_place(tmp_path / name, submission)
+    with pytest.raises(ConfigError, match=r"--out .*: nothing can be written into .*manifest\.json; name another folder"):
+        check_place(tmp_path / "store/manifest.json/out", submission)
     monkeypatch.chdir(submission)
     with pytest.raises(ConfigError, match=r"--out out: .*can't lie in one another"):
         check_place(pathlib.Path("out"), pathlib.Path())
+
+
+def test_the_delivery_of_another_submission_stays(submission: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "earlier"
+    out.mkdir()
+    for told, taken in ((None, False), ({"digest": None}, False), ({"digest": "b"}, True), ({"digest": "a"}, False)):
+        (out / "manifest.json").write_bytes(to_json({"kind": KIND, "submission": told}))
+        check_place(out, submission)
+        with pytest.raises(ConfigError, match="of another submission") if taken else contextlib.nullcontext():
+            check_place(out, submission, "a")
 
 
 @pytest.mark.parametrize(

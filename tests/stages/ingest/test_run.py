@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,8 +15,9 @@ from pipeline.errors import SubmissionError
 from pipeline.records import question_answer, sample_from_record
 from stages.ingest.run import digest_submission, run
 from storage import shards
-from tests.storage.submissions import cell, imagefolder, llava, parquet, picture, qa, talk
+from tests.storage.submissions import cell, imagefolder, llava, parquet, picture, qa, said, talk
 
+TWO = said(("human", "<image> <image> Which?"), ("gpt", "a"))
 TOKENS = ["<s>", "</s>", "<image>", ""]
 
 
@@ -99,8 +101,26 @@ def test_a_row_with_a_control_token_is_rejected_by_name(change: dict[str, str], 
     assert summary["rejected_by_reason"] == {"special token": 1}
     (row,) = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
     assert row["row"] == 1
-    assert row["reason"].startswith("special token: '</s>' would be read as control")
-    assert row["where"].startswith("row 1, turn of the ")
+    assert row["reason"].startswith(f"special token: '</s>' in a turn of the {'user' if 'question' in change else 'assistant'}")
+    assert row["where"] == "metadata.jsonl line 2"
+
+
+def test_too_many_unusable_rows_end_the_run(tmp_path: pathlib.Path) -> None:
+    """An upload that broke off is told at once, and not after two fine-tunes on what is left."""
+    rows = [qa(0), qa(1), qa(2, file_name="images/none.png"), b"not JSON\n", qa(3, file_name="images/none.png")]
+    submission = imagefolder(tmp_path / "submission", rows)
+    says = "3 of 5 rows can't be used, more than ingest.rejection_cap = 50%; 2 missing picture, 1 not JSON; the first: metadata"
+    with pytest.raises(SubmissionError, match=re.escape(says)):
+        ingest(submission, tmp_path / "out")
+    assert ingest(submission, tmp_path / "more", rejection_cap=0.6)["rejected"] == 3
+
+
+def test_of_several_pictures_the_bad_one_is_named(tmp_path: pathlib.Path) -> None:
+    submission = llava(tmp_path / "submission", [talk(0), talk(1, image=["images/1.png", "images/2.png"], conversations=TWO)])
+    (submission / "images/2.png").write_bytes(b"no picture")
+    ingest(submission, tmp_path / "out")
+    (row,) = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
+    assert row["reason"] == "picture refused: picture 2 of 2: not a PNG, JPEG or WEBP picture"
 
 
 def test_progress_is_told(tmp_path: pathlib.Path) -> None:
