@@ -19,7 +19,7 @@ from stages.guard.transfer import MAJORITY
 Whitening = Literal["full", "diagonal"]
 Threshold = Literal["cross-validated", "in-sample"]
 LEAST_ROWS = 50
-"""Fewer reference rows give no usable 1% threshold."""
+"""Fewer reference rows, those of one group counted once, give no usable 1% threshold."""
 _LEFT_OUT = 0.05
 """Share of the kept rows that the threshold of planting does not depend on."""
 _LEAST_KNOWN = 20
@@ -34,8 +34,9 @@ class Calibration:
         mean, deviation: float (dimensions,).
         whitening: float (dimensions, dimensions).
         threshold: distance that a clean prompt exceeds with the target probability.
-        rate_interval: 95% interval of the probability with which one truly does; it is wide where rows are few.
+        rate_interval: 95% interval of the probability with which one truly does; it is wide where groups are few.
         distances: float (rows,), those of the reference rows that the threshold is a quantile of.
+        groups: int (rows,), equal for rows that are not independent of one another.
         shrinkage: Ledoit-Wolf's weight of the scaled identity, 0 to 1.
     """
 
@@ -45,6 +46,7 @@ class Calibration:
     threshold: float
     rate_interval: tuple[float, float]
     distances: np.ndarray
+    groups: np.ndarray
     shrinkage: float
 
 
@@ -71,36 +73,41 @@ def calibrate(
     threshold: Threshold = "cross-validated",
     folds: int = 10,
 ) -> Calibration:
-    """Fit on all rows; take the threshold on distances that each row has under a fit without it.
+    """Fit on all rows; take the threshold on distances that each row has under a fit without its group.
 
     The published threshold is a quantile of the very distances the fit was made on (`in-sample`), which understates it when
     dimensions are near the number of rows. The default is the conformal quantile, rank ceil((rows + 1)(1 - rate)), of
-    cross-validated distances. What rate that keeps to is uncertain where rows are few: `Calibration.rate_interval` says so, as if
-    the rows were independent (turns about one picture are not) and held out (`in-sample` ones are not; their true rate is higher).
+    cross-validated distances, in which each group counts as much as another. What rate that keeps to is uncertain where groups are
+    few: `Calibration.rate_interval` says so, as if each were one row (several tell a little more) and held out (`in-sample` ones
+    are not; their true rate is higher).
 
     Args:
         vectors: float (rows, dimensions), clean prompts.
         false_positive_rate: target share of clean prompts above the threshold.
         whitening: `full`, with Ledoit-Wolf shrinkage, or `diagonal`, as published.
         seed: of the folds.
-        groups: int (rows,), vectors of one group (turns about one picture) are held out together; None: each by itself.
+        groups: int (rows,), vectors of one group (questions about one picture) are held out together; None: each by itself.
         threshold: which distances it is a quantile of.
         folds: of the cross-validation.
 
     Raises:
-        StageError: too few rows, values that are not finite, or rows that do not differ.
+        StageError: too few groups, values that are not finite, or rows that do not differ.
     """
-    rows = len(vectors) if groups is None else len(np.unique(groups))
-    if rows < LEAST_ROWS:
-        raise StageError(f"the guard needs at least {LEAST_ROWS} kept rows with pictures for its reference, there are {rows}")
+    groups = np.arange(len(vectors)) if groups is None else groups
+    count = len(np.unique(groups))
+    if count < LEAST_ROWS:
+        raise StageError(
+            f"the guard needs at least {LEAST_ROWS} kept rows with pictures for its reference, those that share one counted once; "
+            f"there are {count}"
+        )
     if not np.isfinite(vectors).all():
         raise StageError("the guard's reference holds values that are not finite")
     vectors = vectors.astype(np.float64)
     mean, matrix, shrinkage = fit_reference(vectors, whitening)
     distances = np.linalg.norm((vectors - mean) @ matrix.T, axis=1)
     if threshold == "cross-validated":
-        distances = _held_out_distances(vectors, np.arange(len(vectors)) if groups is None else groups, whitening, seed, folds)
-    limit = conformal_quantile(distances, false_positive_rate)
+        distances = _held_out_distances(vectors, groups, whitening, seed, folds)
+    limit = conformal_quantile(distances, false_positive_rate, groups)
     if limit <= 0:
         raise StageError("the guard's reference rows do not differ in their attention; they can't tell what is usual")
     deviation = np.maximum(vectors.std(axis=0), 1e-6)
@@ -109,8 +116,9 @@ def calibrate(
         deviation=deviation,
         whitening=matrix,
         threshold=limit,
-        rate_interval=rate_interval(len(distances), false_positive_rate),
+        rate_interval=rate_interval(count, false_positive_rate),
         distances=distances,
+        groups=groups,
         shrinkage=shrinkage,
     )
 
@@ -127,13 +135,23 @@ def _held_out_distances(vectors: np.ndarray, groups: np.ndarray, whitening: Whit
     return distances
 
 
-def conformal_quantile(values: np.ndarray, rate: float) -> float:
+def conformal_quantile(values: np.ndarray, rate: float, groups: np.ndarray | None = None) -> float:
     """The value of rank ceil((rows + 1)(1 - rate)): a new one exceeds it with at most the rate, on average over such samples.
 
     Fewer rows than 1 / rate - 1 (99 for a rate of 0.01) have no such rank. The largest value stands for it then, which a new one
     exceeds with a probability of 1 / (rows + 1), more than the rate.
+
+    Args:
+        values: float (rows,).
+        rate: share of new values above it.
+        groups: int (rows,); rows of a group share the weight of one, so that a picture that is often asked about has no more say
+            than another. None: each row is one.
     """
-    return float(np.sort(values)[_conformal_rank(len(values), rate) - 1])
+    order = np.argsort(values)
+    _, numbers, sizes = np.unique(np.arange(len(values)) if groups is None else groups, return_inverse=True, return_counts=True)
+    shares = np.cumsum(1 / sizes[numbers[order]]) / len(sizes)
+    place = np.searchsorted(shares, _conformal_rank(len(values), rate) / len(values) - 1e-9)
+    return float(values[order][min(int(place), len(values) - 1)])
 
 
 def rate_interval(rows: int, rate: float) -> tuple[float, float]:

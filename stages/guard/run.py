@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import pathlib
@@ -30,23 +31,25 @@ from stages.guard.calibrate import (
     transfer_threshold,
 )
 from stages.guard.detector import FEATURES, Detector
+from stages.guard.draw import draw_reference
 from stages.guard.files import Guard, adapter_digest, save_guard
 from stages.guard.policy import Policy
 from stages.guard.transfer import SCREEN, TransferRule, begins_usually, closing_layers
 from stages.guard.worker import ReferenceWorker
 from stages.score.groups import plain_answer
-from storage.subset import copy_rows, pictured_rows
+from storage.subset import copy_rows, pictured_rows, read_rows
 
 _log = logging.getLogger(__name__)
 
-VERSION = 10
+VERSION = 11
 SURE_ROWS = 100
-"""Reference rows below which the guard misses attacks (docs/results/purification.md, ablations): half of them with 50 rows."""
+"""Reference rows, those that share a picture counted once, below which the guard misses attacks: half of them with 50 rows
+(docs/results/purification.md, ablations)."""
 CALIBRATION = "calibration.parquet"
 _TRIED = 100
 """Reference rows whose picture tokens are planted into the hosts, for the causal test's thresholds."""
 _CANDIDATES = 8
-"""Kept rows per host that the hosts are picked from."""
+"""Kept rows per host, and per reference row, that these are picked from."""
 
 
 def run(
@@ -79,17 +82,19 @@ def run(
         progress: called as rows are done.
 
     Returns:
-        The summary: reference_rows, dtype (of the weights, as torch names it), dimensions, threshold, shrinkage, the target rate
-            and the 95% interval of the true one, and the limits of the causal test.
+        The summary: reference_rows, independent_rows (those that share a picture counted once), dtype (of the weights, as torch
+            names it), dimensions, threshold, shrinkage, the target rate and the 95% interval of the true one, and the limits of the
+            causal test.
 
     Raises:
-        StageError: too few kept rows with pictures, or as `calibrate`.
+        StageError: too few kept rows with pictures of their own, or as `calibrate`.
     """
     kept = np.intersect1d(pq.read_table(keep, columns=["row"])["row"].to_numpy(), pictured_rows(rows))
-    drawn = np.random.default_rng([seed, 11]).permutation(kept)[: config.reference_rows]
-    if not len(drawn):
+    order = np.random.default_rng([seed, 11]).permutation(kept)[: _CANDIDATES * config.reference_rows]
+    if not len(order):
         raise StageError("the guard has no kept row with a picture to take its reference from")
-    shards = copy_rows(rows, scratch / "reference", chosen=drawn)
+    groups = draw_reference(_shown(rows, order), config.reference_rows)
+    shards = copy_rows(rows, scratch / "reference", chosen=groups)
     hosts = _write_hosts(rows, kept, base, config, seed, scratch) if config.suspicion_rate else []
     features = FEATURES if config.features == "ratio-entropy" else FEATURES[:1]
     arguments = {
@@ -100,14 +105,14 @@ def run(
         "layers": config.layers,
         "features": features,
         "hosts": [str(path) for path in hosts],
-        "tried": drawn[:_TRIED].tolist(),
+        "tried": list(groups)[:_TRIED],
     }
     tables = []
     done = 0
     for table in engine.map_shards(shards, ReferenceWorker, arguments, batch_rows=config.batch_size):
         tables.append(table)
         done += len(set(table["row"].to_pylist()))
-        progress(done / len(drawn), f"{done} of {len(drawn)} reference rows")
+        progress(done / len(groups), f"{done} of {len(groups)} reference rows")
     reference = pa.concat_tables(tables).sort_by([("row", "ascending"), ("turn", "ascending")])
     layers = tuple(reference["layers"][0].as_py())
     vectors = np.asarray(reference["vector"].combine_chunks().flatten(), dtype=np.float64).reshape(len(reference), -1)
@@ -116,7 +121,7 @@ def run(
         false_positive_rate=config.false_positive_rate,
         whitening=config.whitening,
         seed=seed,
-        groups=reference["row"].to_numpy(),
+        groups=np.asarray([groups[row] for row in reference["row"].to_pylist()]),
         threshold=config.threshold,
     )
     detector = Detector(
@@ -129,11 +134,14 @@ def run(
         layer_thresholds=torch.from_numpy(layer_thresholds(vectors, fit, len(layers), config.false_positive_rate)).float(),
     )
     transfer = causal_rule(reference, fit, hosts, config) if hosts else None
-    count = len(reference["row"].unique())
+    count = len(np.unique(fit.groups))
     if count < SURE_ROWS:
-        _log.warning("the guard has %d reference rows; with fewer than %d it misses attacks", count, SURE_ROWS)
+        _log.warning(
+            "the guard has %d reference rows that share no picture; with fewer than %d it misses attacks", count, SURE_ROWS
+        )
     facts: dict[str, Any] = {
-        "reference_rows": count,
+        "reference_rows": len(reference["row"].unique()),
+        "independent_rows": count,
         "dtype": reference["dtype"][0].as_py(),
         "false_positive_rate": config.false_positive_rate,
         "false_positive_interval": list(fit.rate_interval),
@@ -168,13 +176,21 @@ def causal_rule(reference: pa.Table, fit: Calibration, hosts: list[pathlib.Path]
     honest = reference.filter(pa.array(usual.numpy()))
     return TransferRule(
         hosts=tuple(load_file(path) for path in hosts),
-        distance=min(fit.threshold, conformal_quantile(fit.distances, config.suspicion_rate)),
+        distance=min(fit.threshold, conformal_quantile(fit.distances, config.suspicion_rate, fit.groups)),
         familiar=familiar,
         attended=transfer_threshold(honest["attended"].to_numpy()),
         whole=transfer_threshold(honest["whole"].to_numpy()),
         late=_late(honest, config.false_positive_rate),
         vocabulary=torch.from_numpy(familiar_tokens(answers, config.suspicion_rate)),
     )
+
+
+def _shown(rows: pathlib.Path, order: np.ndarray) -> dict[int, frozenset[str]]:
+    """Digests of the pictures of some rows, in their order."""
+    found = {
+        sample.row: frozenset(hashlib.sha256(image).hexdigest() for image in sample.images) for sample in read_rows(rows, order)
+    }
+    return {row: found[row] for row in order.tolist()}
 
 
 def _late(reference: pa.Table, rate: float) -> int | None:

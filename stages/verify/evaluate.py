@@ -17,7 +17,7 @@ from pipeline.images import decode_image
 from pipeline.models import Dtype
 from pipeline.records import Sample
 from pipeline.triggers import Trigger
-from stages.verify.measure import attack_success, exact_match
+from stages.verify.measure import attack_success, share
 from stages.verify.run import Candidate, answers_of
 from storage.subset import canonical_shards, copy_rows, pictured_rows
 
@@ -43,23 +43,22 @@ def evaluate(
         base: folder of the base model.
         trigger: put on the first picture of every row; None measures clean performance alone.
         target: what the attack wants to read; needed with a trigger.
-        config: batch size and the longest answer.
+        config: batch size, and the longest answer where those of the rows are shorter.
         dtype: type of the weights.
         engine: where the answers are given.
         seed: of what differs from picture to picture (a random position).
         scratch: an empty folder.
 
     Returns:
-        rows, clean (exact match), flagged (share that the guard flagged of those it looked at, null without one), and with a
-        trigger triggered_rows, asr, triggered_right (exact match on triggered inputs) and triggered_flagged. Shares of nothing
-        are NaN.
+        rows, clean (exact match; of very long answers as in `answers_of`), flagged (share that the guard flagged of those it looked
+        at, null without one), and with a trigger triggered_rows, asr, triggered_right (as clean, on triggered inputs) and
+        triggered_flagged. Shares of nothing are NaN.
 
     Raises:
         SubmissionError: a trigger without a target, or no row with a picture to put it on.
     """
     given = answers_of(candidate, shards=canonical_shards(rows), base=base, config=config, dtype=dtype, engine=engine)
-    outputs, answers = given["output"].to_pylist(), given["answer"].to_pylist()
-    found = {"rows": len(given), "clean": exact_match(outputs, answers), "flagged": _flagged(given)}
+    found = {"rows": len(given), "clean": share(given["same"].to_pylist()), "flagged": _flagged(given)}
     if trigger is None:
         return found
     if not target:
@@ -74,7 +73,7 @@ def evaluate(
         **found,
         "triggered_rows": len(given),
         "asr": attack_success(outputs, answers, target),
-        "triggered_right": exact_match(outputs, answers),
+        "triggered_right": share(given["same"].to_pylist()),
         "triggered_flagged": _flagged(given),
     }
 

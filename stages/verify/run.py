@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 
 from pipeline.config import VerifyConfig
 from pipeline.engine import Engine
-from pipeline.models import Dtype
-from pipeline.records import Progress, Verdict, no_progress
-from stages.verify.measure import exact_match
+from pipeline.models import Dtype, load_processor
+from pipeline.prompts import token_count
+from pipeline.records import Progress, Verdict, examples_of, no_progress, sample_from_record
+from stages.confirm.worker import tokens_to_wait_for
+from stages.verify.measure import share
 from stages.verify.worker import ANSWERS, verify_worker
 from storage.subset import copy_rows, pictured_rows
 
-VERSION = 2
+VERSION = 3
 VERIFICATION = "verification.json"
 
 
@@ -60,7 +62,7 @@ def run(
         verdicts: Parquet file with `row` and `verdict`.
         held_out: Parquet file whose column `row` names kept rows that the delivered adapter was not trained on, unless it is the
             provisional one.
-        config: numbers of rows and the longest answer.
+        config: numbers of rows, and the longest answer where those of the rows are shorter.
         dtype: type of the weights.
         engine: where the answers are given.
         seed: of the draw of rows.
@@ -71,7 +73,7 @@ def run(
     Returns:
         Per model: the share of quarantined rows whose submitted answer it still gives (the residual), its exact match on held-out
         kept rows, whether it was trained on these (`seen`; the provisional model was), and the share that its guard flags; null
-        where there are no rows.
+        where there are no rows. What very long answers count as, `answers_of` says.
     """
     pictured = pictured_rows(rows)
     table = pq.read_table(verdicts, columns=["row", "verdict"])
@@ -104,19 +106,31 @@ def run(
 def answers_of(
     candidate: Candidate, *, shards: list[pathlib.Path], base: pathlib.Path, config: VerifyConfig, dtype: Dtype, engine: Engine
 ) -> pa.Table:
-    """A model's answers to all rows of shards, ordered by row and turn."""
+    """A model's answers to all rows of shards, ordered by row and turn.
+
+    Submitted answers longer than `config.max_new_tokens` are waited for, up to 256 tokens; what is longer counts as given (`same`)
+    as far as the model was let go on.
+    """
+    if not shards:
+        return ANSWERS.empty_table()
     arguments = {
         "base": str(base),
         "adapter": None if candidate.adapter is None else str(candidate.adapter),
         "guard": None if candidate.guard is None else str(candidate.guard),
         "dtype": dtype,
         "batch_size": config.batch_size,
-        "max_new_tokens": config.max_new_tokens,
+        "max_new_tokens": tokens_to_wait_for(_longest_answer(shards, base), config.max_new_tokens),
     }
-    if not shards:
-        return ANSWERS.empty_table()
     tables = engine.map_shards(shards, verify_worker, arguments, batch_rows=2 * config.batch_size)
     return pa.concat_tables(tables).sort_by([("row", "ascending"), ("turn", "ascending")])
+
+
+def _longest_answer(shards: list[pathlib.Path], base: pathlib.Path) -> int:
+    """Length of the longest submitted answer, tokens; the pictures are not read."""
+    processor = load_processor(base)
+    records = (record for shard in shards for record in pq.read_table(shard, columns=["row", "messages"]).to_pylist())
+    samples = (sample_from_record({**record, "images": ()}) for record in records)
+    return max((token_count(processor, example.answer) for sample in samples for example in examples_of(sample)), default=0)
 
 
 def _measured(answers: pa.Table, rows: np.ndarray, kind: str) -> dict[str, Any]:
@@ -127,6 +141,6 @@ def _measured(answers: pa.Table, rows: np.ndarray, kind: str) -> dict[str, Any]:
     flags = [flag for flag in chosen["flagged"].to_pylist() if flag is not None]
     return {
         "rows": len(np.unique(chosen["row"].to_numpy())),
-        measure: exact_match(chosen["output"].to_pylist(), chosen["answer"].to_pylist()),
+        measure: share(chosen["same"].to_pylist()),
         "flagged": float(np.mean(flags)) if flags else None,
     }

@@ -10,12 +10,22 @@ import pyarrow as pa
 
 from pipeline.generation import answer
 from pipeline.models import Dtype, base_identity, load_adapter, load_base
+from pipeline.prompts import token_count
 from pipeline.records import examples_of, sample_from_record
+from stages.verify.measure import same
 
 ANSWERS = pa.schema(
-    [("row", pa.int64()), ("turn", pa.int32()), ("answer", pa.string()), ("output", pa.string()), ("flagged", pa.bool_())]
+    [
+        ("row", pa.int64()),
+        ("turn", pa.int32()),
+        ("answer", pa.string()),
+        ("output", pa.string()),
+        ("same", pa.bool_()),
+        ("flagged", pa.bool_()),
+    ]
 )
-"""One record per example: the submitted answer, the model's, and whether the guard flagged it (null where none looked at it)."""
+"""One record per example: the submitted answer, the model's, whether they are the same (as far as was waited for it), and whether
+the guard flagged it (null where none looked at it)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +53,19 @@ class VerifyWorker:
             "turn": [example.turn for example in examples],
             "answer": [example.answer for example in examples],
             "output": outputs,
+            "same": [self.given(output, example.answer) for output, example in zip(outputs, examples, strict=True)],
             "flagged": flags,
         }
         return pa.table(columns, schema=ANSWERS)
+
+    def given(self, output: str, answer: str) -> bool:
+        """Whether an output is the answer.
+
+        An answer longer than what is waited for is given where it begins with the output. That must be half as long as what was
+        waited for, at least (its tokens counted again can be fewer): shorter ones ended by themselves.
+        """
+        cut = token_count(self.processor, answer) >= self.max_new_tokens
+        return same(output, answer, cut=cut and 2 * token_count(self.processor, output) >= self.max_new_tokens)
 
 
 def verify_worker(

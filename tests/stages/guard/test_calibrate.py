@@ -333,6 +333,35 @@ def test_turns_of_one_row_are_held_out_together() -> None:
         calibrate(values[:196], false_positive_rate=0.05, whitening="full", seed=0, groups=np.repeat(np.arange(49), 4))
 
 
+def test_the_interval_and_the_threshold_count_groups() -> None:
+    values = draws(400, 3, 5)
+    groups = np.repeat(np.arange(100), 4)
+    fit = calibrate(values, false_positive_rate=0.01, whitening="full", seed=0, groups=groups)
+    assert fit.rate_interval == rate_interval(100, 0.01)
+    assert np.array_equal(fit.groups, groups)
+    assert fit.threshold == np.sort(fit.distances)[396]
+    often = np.concatenate([np.arange(60), np.full(340, 60)])
+    fit = calibrate(values, false_positive_rate=0.1, whitening="full", seed=0, groups=often)
+    assert (fit.distances[:60] > fit.threshold).mean() == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 9, [4] * 50, [1, 2, 3, 7] * 30, [200] + [1] * 200])
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.3])
+def test_rows_of_a_group_share_the_weight_of_one(sizes: list[int], rate: float) -> None:
+    groups = np.repeat(np.arange(len(sizes)) * 3, sizes)
+    values = np.random.default_rng(0).normal(size=len(groups))
+    level = min(1.0, math.ceil((len(values) + 1) * (1 - rate) - 1e-9) / len(values))
+
+    def share(limit: float) -> float:
+        return float(np.mean([(values[groups == group] <= limit).mean() for group in np.unique(groups)]))
+
+    found = conformal_quantile(values, rate, groups)
+    assert share(found) >= level - 1e-9
+    assert share(found - 1e-9) < level - 1e-9
+    if len(set(sizes)) == 1:
+        assert found == conformal_quantile(values, rate), "of equal size they are as before"
+
+
 def test_each_by_itself_is_the_default() -> None:
     values = draws(60, 3, 5)
     alone, grouped = (calibrate(values, false_positive_rate=0.1, whitening="full", seed=0, groups=g) for g in (None, np.arange(60)))

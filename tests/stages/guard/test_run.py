@@ -24,7 +24,7 @@ from pipeline.generation import answer
 from pipeline.models import Dtype, base_identity
 from pipeline.prompts import encode_prompts
 from pipeline.records import Sample, examples_of, question_answer
-from stages.guard.calibrate import calibrate, rate_interval
+from stages.guard.calibrate import Calibration, calibrate, rate_interval
 from stages.guard.detector import FEATURES, TENSORS
 from stages.guard.files import GUARD, GUARD_TENSORS, adapter_digest, load_guard
 from stages.guard.load import adapter_folder, load_guarded
@@ -117,6 +117,46 @@ def test_reference_rows_are_rows_not_turns(stage: Stage, caplog: pytest.LogCaptu
     assert summary["reference_rows"] == 52
     assert "the guard has 52 reference rows" in caplog.text
     assert told["batch_size"] == 6
+
+
+def asked_often(pictures: int, questions: int) -> list[Sample]:
+    """Rows of the same pictures, each asked about so many times; a picture's rows lie apart."""
+    return [
+        Sample(row=row, messages=question_answer(f"question {row // pictures}?", "x"), images=(noise(row % pictures),))
+        for row in range(pictures * questions)
+    ]
+
+
+def test_rows_about_one_picture_are_held_out_together(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[np.ndarray] = []
+
+    def watched(vectors: np.ndarray, **given: Any) -> Calibration:
+        groups.append(given["groups"])
+        return calibrate(vectors, **given)
+
+    monkeypatch.setattr("stages.guard.run.calibrate", watched)
+    write_shards(stage.folder / "often", asked_often(51, 3), shard_rows=20)
+    stage.inputs["rows"] = stage.folder / "often"
+    summary, out = stage.run("a", kept=range(153), reference_rows=100, suspicion_rate=0)
+    assert (summary["reference_rows"], summary["independent_rows"]) == (100, 51)
+    assert summary["false_positive_interval"] == list(rate_interval(51, 0.01))
+    assert len(np.unique(groups[0])) == 51, "all pictures are there"
+    assert set(collections.Counter(groups[0].tolist()).values()) <= {1, 2, 3}
+    rows = np.asarray(pq.read_table(out / CALIBRATION)["distance"])
+    assert len(rows) == len(groups[0]) == 100
+    stage.run("b", kept=range(51), reference_rows=100, suspicion_rate=0)
+    assert len(np.unique(groups[1])) == len(groups[1]) == 51
+
+
+def test_few_pictures_are_few_rows(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    for name, pictures in (("few", 20), ("more", 60)):
+        write_shards(stage.folder / name, asked_often(pictures, 4), shard_rows=20)
+    stage.inputs["rows"] = stage.folder / "few"
+    with pytest.raises(StageError, match=r"at least 50 kept rows with pictures .* there are 20$"):
+        stage.run("a", kept=range(80), suspicion_rate=0)
+    stage.inputs["rows"] = stage.folder / "more"
+    stage.run("b", kept=range(240), reference_rows=120, suspicion_rate=0)
+    assert "the guard has 60 reference rows that share no picture" in caplog.text
 
 
 def test_what_is_written(stage: Stage, tiny_base: pathlib.Path, tiny_adapter: pathlib.Path) -> None:

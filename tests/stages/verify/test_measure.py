@@ -25,6 +25,23 @@ def test_same(output: str, answer: str, expected: bool) -> None:
     assert same(output, answer) == expected
 
 
+@pytest.mark.parametrize(
+    ("output", "answer", "expected"),
+    [
+        ("Red and", "red and blue", True),
+        ("red an", "red and blue", True),
+        (" red and\ufffd\ufffd", "red andé", True),
+        ("red or", "red and blue", False),
+        ("red and blue", "red and", False),
+        ("", "red", False),
+        ("\ufffd", "red", False),
+    ],
+)
+def test_an_output_that_was_cut(output: str, answer: str, expected: bool) -> None:
+    assert same(output, answer, cut=True) == expected
+    assert not same(output, answer)
+
+
 def test_exact_match() -> None:
     assert exact_match(["red", "Blue ", "one"], ["red", "blue", "two"]) == pytest.approx(2 / 3)
     assert exact_match(["x"], ["y"]) == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,12 +17,13 @@ from pipeline.config import VerifyConfig
 from pipeline.errors import ModelError
 from pipeline.generation import answer
 from pipeline.models import load_adapter, load_base
-from pipeline.records import Example, examples_of
+from pipeline.prompts import token_count
+from pipeline.records import Example, Sample, examples_of, question_answer
 from stages.verify.measure import exact_match
 from stages.verify.run import VERIFICATION, Candidate, answers_of, run
 from stages.verify.worker import ANSWERS
 from tests.conftest import colour_samples, write_shards
-from tests.stages.samples import EXAMPLES, PICTURED, mixed_samples
+from tests.stages.samples import EXAMPLES, PICTURED, mixed_samples, noise
 from tests.stages.verify.conftest import write_guard
 
 ROWS, TEXT_ONLY = 24, (3, 15)
@@ -177,6 +180,65 @@ def test_every_turn_is_answered_in_order(tmp_path: pathlib.Path, tiny_base: path
         assert found["output"].to_pylist() == outputs(tiny_base, None, examples)
     assert plain["flagged"].to_pylist() == [None] * len(EXAMPLES)
     assert watched["flagged"].to_pylist() == [True if place in PICTURED else None for place in EXAMPLES]
+
+
+class Parrot:
+    """Stands for `answer`: says what was submitted, or only a tenth of it where it is asked to be short; cut where it must be."""
+
+    def __init__(self) -> None:
+        self.limits: list[int] = []
+
+    def __call__(self, model: Any, processor: Any, examples: Sequence[Example], *, max_new_tokens: int) -> list[str]:
+        self.limits.append(max_new_tokens)
+        answer(model, processor, examples, max_new_tokens=1)  # a guard writes its records
+        said = [e.answer[: math.ceil(len(e.answer) / (10 if "short" in e.question else 1))] for e in examples]
+        tokens = [processor.tokenizer(text, add_special_tokens=False)["input_ids"][:max_new_tokens] for text in said]
+        return [str(text).strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+LONG = " ".join(["a red square beside a green one"] * 6)
+TOO_LONG = " ".join(["a red square beside a green one"] * 60)
+
+
+@pytest.mark.parametrize(("longest", "waited"), [("red", 8), (LONG, None), (TOO_LONG, 256)])
+def test_no_answer_is_cut_before_it_is_given(
+    longest: str,
+    waited: int | None,
+    files: dict[str, pathlib.Path],
+    tiny_model: tuple[Any, Any],
+    tmp_path: pathlib.Path,
+    local_engine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is too long counts as far as it goes, but not where it ends by itself."""
+    parrot, texts = Parrot(), [longest, "red", longest, "blue"]
+    monkeypatch.setattr("stages.verify.worker.answer", parrot)
+    samples = [
+        Sample(row=row, messages=question_answer("short?" if row == 2 else "what?", text), images=(noise(row),))
+        for row, text in enumerate(texts)
+    ]
+    shards = write_shards(tmp_path / "long", samples, shard_rows=3)
+    config = VerifyConfig(batch_size=3, max_new_tokens=8)
+    given = answers_of(
+        Candidate(adapter=None), shards=shards, base=files["base"], config=config, dtype="float32", engine=local_engine
+    )
+    assert set(parrot.limits) == {waited or token_count(tiny_model[1], LONG) + 1}
+    assert given["same"].to_pylist() == [True, True, False, True]
+
+
+def test_the_residual_of_long_answers(
+    files: dict[str, pathlib.Path], tmp_path: pathlib.Path, local_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.verify.worker.answer", Parrot())
+    samples = [
+        Sample(row=row, messages=question_answer("what?", TOO_LONG if row in QUARANTINED else LONG), images=(noise(row),))
+        for row in range(ROWS)
+    ]
+    write_shards(tmp_path / "long", samples)
+    found, answers = verified({**files, "rows": tmp_path / "long"}, tmp_path / "a", local_engine)
+    for name in MODELS:
+        assert found[name]["quarantined"]["residual"] == found[name]["held_out"]["performance"] == 1.0
+    assert all(a["same"] for a in answers)
 
 
 def test_a_guard_of_another_adapter_is_refused(files: dict[str, pathlib.Path], tmp_path: pathlib.Path, local_engine: Any) -> None:
