@@ -7,7 +7,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -22,16 +22,14 @@ from pipeline.prompts import control_tokens
 from stages.cluster.run import HELD_OUT, KEEP, TRAIN, VERDICTS
 from storage.formats import digest_submission
 from storage.shards import REJECTED
-from storage.store import Inputs, StageResult, Store, stage_key
+from storage.store import Inputs, StageResult, Store, Work
 
 STORE = pathlib.Path(".byesight/store")
 """Where stage results lie unless another folder is named."""
-ScratchWork = Callable[[pathlib.Path, pathlib.Path], Mapping[str, Any]]
-"""Writes a result's files into the first folder, with the second to work in, and returns the summary."""
 STAGES = ("ingest", "provisional", "extract", "score", "confirm", "cluster", "final", "guard", "verify", "delivery")
 """Names of the stages in the order in which they run."""
-NO_MATTER = {"gradient_checkpointing"}
-"""Fields of the fine-tune's configuration that change no result, and so no key."""
+NO_MATTER = {"gradient_checkpointing", "rejection_cap"}
+"""Fields of the configuration that change no result, and so no key."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,7 @@ class Line:
         submission: the submitted folder or file, absolute.
         base: folder of the base model, absolute.
         identity: the base's identity.
-        config: the run configuration; its engine section changes no result and is in no key.
+        config: the run configuration; its engine section is in no key.
         store: where results are found and kept.
         engine: where the work runs.
     """
@@ -101,7 +99,14 @@ def ingest(line: Line) -> StageResult:
         return run(line.submission, line.config.ingest, folder, special_tokens=tokens, progress=progress_of("ingest"))
 
     inputs = {"submission": digest_submission(line.submission)}
-    return _result(line, "ingest", VERSION, inputs, {"ingest": line.config.ingest.model_dump(), "special_tokens": tokens}, work)
+    return _result(
+        line,
+        "ingest",
+        VERSION,
+        inputs,
+        {"ingest": line.config.ingest.model_dump(exclude=NO_MATTER), "special_tokens": tokens},
+        work,
+    )
 
 
 def canaries(line: Line, ingested: StageResult) -> StageResult:
@@ -398,12 +403,11 @@ def seconds_of(results: Sequence[StageResult]) -> dict[str, float]:
 
 
 def _result(
-    line: Line, stage: str, version: int, inputs: Inputs, config: Mapping[str, Any], work: ScratchWork, *, resume: bool = False
+    line: Line, stage: str, version: int, inputs: Inputs, config: Mapping[str, Any], work: Work, *, resume: bool = False
 ) -> StageResult:
     """Find or compute a result; the scratch folder is empty unless the work can go on (`resume`) from what a killed run left."""
 
-    def in_scratch(folder: pathlib.Path) -> Mapping[str, Any]:
-        scratch = line.store.scratch(stage, stage_key(stage, version=version, inputs=inputs, config=config))
+    def in_scratch(folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
         if not resume:
             shutil.rmtree(scratch)
             scratch.mkdir()

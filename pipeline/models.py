@@ -15,6 +15,7 @@ import torch
 
 from pipeline.decoder import attention_layers
 from pipeline.errors import ModelError
+from pipeline.prompts import check_template
 
 EMBEDDED_BASE = pathlib.Path(__file__).parent / "embedded" / "model"
 """The base model that ships with ByeSight."""
@@ -33,12 +34,19 @@ _NOT_CONFIG = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", "r
 
 
 def check_model_folder(folder: pathlib.Path) -> None:
-    """Refuse a base model that could run code, or that ByeSight can't probe; nothing of it is loaded.
+    """Refuse a base model that could run code, or that ByeSight can't train or probe; its weights are not loaded.
 
     Raises:
         ModelError: not a folder; pickled weights, Python files or `auto_map` in it; no, damaged or overlapping safetensors; no chat
-            template; an encoder-decoder, a model without image tokens, or one that `pipeline.decoder.attention_layers` refuses.
+            template; an encoder-decoder, a model without image tokens, or one that `pipeline.decoder.attention_layers` refuses;
+            a processor that `load_processor` refuses.
     """
+    _check_files(folder)
+    load_processor(folder)
+
+
+def _check_files(folder: pathlib.Path) -> None:
+    """`check_model_folder` but for the processor."""
     _refuse_code(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -82,7 +90,7 @@ def load_processor(folder: pathlib.Path) -> Any:
     """A base's processor, whose tokenizer pads on the left and has a padding token.
 
     Raises:
-        ModelError: it can't be loaded, or has no tokenizer.
+        ModelError: it can't be loaded, has no tokenizer, or its chat template can't be used (`pipeline.prompts.check_template`).
     """
     from transformers import AutoProcessor
 
@@ -96,6 +104,12 @@ def load_processor(folder: pathlib.Path) -> Any:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if processor.chat_template is None:  # it lies in tokenizer_config.json alone
+        processor.chat_template = tokenizer.chat_template
+    try:
+        check_template(processor, image_token_id(_model_config(folder)))
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
     return processor
 
 
@@ -117,7 +131,7 @@ def load_base(folder: pathlib.Path, *, dtype: Dtype = "auto", device: torch.devi
     from transformers.utils import logging as transformers_logging
 
     folder = folder.resolve()
-    check_model_folder(folder)
+    _check_files(folder)
     where = torch.device(device) if device is not None else pick_device()
     chosen = (torch.bfloat16 if where.type == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     safe = {"trust_remote_code": False, "local_files_only": True}

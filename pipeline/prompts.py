@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import io
 import re
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jinja2
 import torch
+from PIL import Image
 
 from pipeline.errors import ModelError, SubmissionError
 from pipeline.images import ImageError, decode_image, image_size
-from pipeline.records import Example, Message
+from pipeline.records import Example, Message, question_answer
 
 IGNORED = -100
 """Label of the positions that the loss leaves out."""
@@ -21,15 +25,54 @@ IGNORED = -100
 _LABELS = "labels"
 """PaliGemma's processor writes them, of what has the token type 1: what has 0 is a prefix, whose tokens see one another."""
 
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What a chat template raises of turns that it isn't made for."""
+
+_PART = re.compile(r"\{['\"]type['\"]:")
+"""How a part of a message begins where a template writes the list of them."""
+
 Batch = dict[str, torch.Tensor]
+
+
+def check_template(processor: Any, image_token: int) -> None:
+    """Refuse a chat template that loses what rows say or show, by a row of its own.
+
+    Args:
+        processor: the base's processor.
+        image_token: id of the token that stands for a piece of a picture.
+
+    Raises:
+        ModelError: there is no template; it can't write a question about a picture and its answer, or leaves one of the three out.
+    """
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(picture, format="PNG")
+    question, answer = "which fruit is this?", "a yellow quince"
+    asked, said = question_answer(question, answer)
+    mend = "put the template of the model's own processor into the folder (chat_template.jinja)"
+    try:
+        prompt, whole = prompt_text(processor, [asked]), _written(processor, [asked, said], add_generation_prompt=False)
+    except _REFUSALS as error:
+        raise ModelError(f"its chat template can't write a picture, a question and an answer: {error}; {mend}") from error
+    for text, written in ((question, prompt), (answer, whole)):
+        if text not in written:
+            raise ModelError(f"its chat template leaves the text out ({text!r} became {written!r}); {mend}")
+    try:
+        batch = encode_prompts(processor, [Example(row=0, turn=0, prompt=(asked,), answer=answer, images=(picture.getvalue(),))])
+    except SubmissionError as error:
+        raise ModelError(f"its processor refuses a picture by its chat template ({prompt!r}): {error.__cause__}; {mend}") from error
+    if not (batch["input_ids"] == image_token).any():
+        raise ModelError(f"its chat template leaves the picture out ({prompt!r}); {mend}")
 
 
 def prompt_text(processor: Any, prompt: Sequence[Message]) -> str:
     """The chat template's text of the messages before an answer, ending where the answer begins.
 
     Control tokens that the submitted text spells out (`<image>`, an end of sequence) get a zero-width space inside: they stay text.
+
+    Raises:
+        ValueError: the template writes a message's list of parts in the place of their text; and what else a template raises.
     """
-    return str(processor.apply_chat_template(_as_text(processor, prompt), add_generation_prompt=True, tokenize=False))
+    return _written(processor, _as_text(processor, prompt), add_generation_prompt=True)
 
 
 def encode_prompts(processor: Any, examples: Sequence[Example]) -> Batch:
@@ -105,13 +148,23 @@ def check_lengths(processor: Any, examples: Iterable[Example], max_length: int) 
     No picture is decoded, but of an example that seems too long. Where a processor can't tell the tokens of a size (or tells a few
     too little), the texts alone are counted, and what is too long with its pictures is refused by `encode_training`.
 
+    Args:
+        processor: the base's processor.
+        examples: of every row the last.
+        max_length: longest example, tokens.
+
     Raises:
-        SubmissionError: an example that the chat template refuses, or longer than `max_length`; names the row.
+        SubmissionError: an example that the chat template refuses, that is longer than `max_length`, or that shows no picture to a
+            processor that needs one; names the row.
     """
     count: Any = getattr(processor, "_get_num_multimodal_tokens", None)  # of (height, width); transformers has it for other servers
     image_tokens = functools.lru_cache(lambda size: int(count(image_sizes=[size[::-1]])["num_image_tokens"][0]))
+    tried = False
     for example in examples:
         prompt = _row_prompt(processor, example)
+        if not tried and (text_only := _without_picture(example)):
+            tried = True  # alone: a batch, or a worker's share of one, may hold such examples only
+            _check_text_only(processor, text_only)
         length = token_count(processor, prompt + _row_completion(processor, example, prompt))
         _check_length(example, length, max_length, "without")
         if count is not None and length + sum(image_tokens(image_size(image)) for image in example.images) > max_length:
@@ -121,6 +174,27 @@ def check_lengths(processor: Any, examples: Iterable[Example], max_length: int) 
 def token_count(processor: Any, text: str) -> int:
     """Tokens of a text as it is, with none added around it."""
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _without_picture(example: Example) -> Example | None:
+    """An example, or the first of its row, if it shows no picture."""
+    if not example.images:
+        return example
+    first = next((k for k, message in enumerate(example.prompt) if message["role"] == "assistant"), None)
+    prompt = example.prompt[:first]
+    if first is None or any(part["type"] == "image" for message in prompt for part in message["content"]):
+        return None
+    return dataclasses.replace(example, turn=0, prompt=prompt, images=())
+
+
+def _check_text_only(processor: Any, example: Example) -> None:
+    try:
+        encode_prompts(processor, [example])
+    except SubmissionError as error:
+        raise SubmissionError(
+            f"{error}; it answers where no picture is shown yet, which this base can't be trained on: "
+            "take such rows out, or name another --base"
+        ) from error
 
 
 def _check_length(example: Example, length: int, max_length: int, pictures: str) -> None:
@@ -167,9 +241,18 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
     return _patterns[tokenizer]
 
 
+def _written(processor: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """The chat template's text of messages; a ValueError where it writes the list of a message's parts."""
+    text = str(processor.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, tokenize=False))
+    given = (part["text"] for message in messages for part in message["content"] if part["type"] == "text")
+    if _PART.search(text) and not any(map(_PART.search, given)):
+        raise ValueError(f"it writes the list of a message's parts in the place of their text: {text!r}")
+    return text
+
+
 def _completion(processor: Any, messages: list[Message], before: str) -> str:
     """What the chat template adds for an answer; an end of sequence is added where the template writes no control token."""
-    whole = str(processor.apply_chat_template(messages, add_generation_prompt=False, tokenize=False))
+    whole = _written(processor, messages, add_generation_prompt=False)
     if not whole.startswith(before):
         raise ModelError(
             "the chat template's text with an answer doesn't begin with its text of the prompt; it can't be trained on"
@@ -181,17 +264,22 @@ def _completion(processor: Any, messages: list[Message], before: str) -> str:
 
 
 def _row_prompt(processor: Any, example: Example) -> str:
-    try:
+    with _turns_of(example):
         return prompt_text(processor, example.prompt)
-    except jinja2.TemplateError as error:
-        raise SubmissionError(f"row {example.row}: the base's chat template refuses its turns: {error}") from error
 
 
 def _row_completion(processor: Any, example: Example, before: str) -> str:
     reply: Message = {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}
-    try:
+    with _turns_of(example):
         return _completion(processor, _as_text(processor, [*example.prompt, reply]), before)
-    except jinja2.TemplateError as error:
+
+
+@contextlib.contextmanager
+def _turns_of(example: Example) -> Iterator[None]:
+    """Name the row whose turns the chat template refuses."""
+    try:
+        yield
+    except _REFUSALS as error:
         raise SubmissionError(f"row {example.row}: the base's chat template refuses its turns: {error}") from error
 
 

@@ -48,7 +48,8 @@ class StageResult:
 
 
 Inputs = Mapping[str, StageResult | str]
-Work = Callable[[pathlib.Path], Mapping[str, Any]]
+Work = Callable[[pathlib.Path, pathlib.Path], Mapping[str, Any]]
+"""Writes a result's files into the first folder, with the second to work in, and returns a summary of JSON values."""
 
 
 def stage_key(stage: str, *, version: int, inputs: Inputs, config: Mapping[str, Any]) -> str:
@@ -62,7 +63,7 @@ class Store:
     """Stage results under one root folder: `<stage>/<key>/`, with a manifest in each.
 
     Several drivers may share a root. They take turns at one key, so that the second finds what the first has committed; where
-    locks don't work both compute, and the loser of the rename takes the winner's result.
+    locks don't work both compute, each in folders of its own, and the loser of the rename takes the winner's result.
     """
 
     def __init__(self, root: pathlib.Path) -> None:
@@ -76,7 +77,8 @@ class Store:
             version: the stage's own version; a new one makes all its results new.
             inputs: results of other stages, or digests.
             config: JSON values that the result depends on.
-            work: writes its files into the folder it is given and returns a summary of JSON values.
+            work: see `Work`. Its second folder outlives a failure or a killed process, for the next call to go on from, and goes
+                at the commit; where locks don't work it is new, and gone afterwards.
 
         Raises:
             StageError: the store can't be written, or the summary isn't JSON. Whatever `work` raises passes through.
@@ -84,26 +86,27 @@ class Store:
         if not _NAME.fullmatch(stage):
             raise StageError(f"{stage!r}: a stage's name is lower-case letters, digits and dashes")
         key = stage_key(stage, version=version, inputs=inputs, config=config)
-        with atomic.lock(self.root / ".locks" / _place(stage, key), wait=True, create=True):
+        with atomic.lock(self.root / ".locks" / _place(stage, key), wait=True, create=True) as alone:
+            own = _place(stage, key) if alone else f"{_place(stage, key)}-{secrets.token_hex(4)}"
+            scratch = self.root / ".scratch" / own
             result = self._find(stage, key)
             if result is None:
                 facts = {"stage": stage, "version": version, "key": key, "inputs": _digests(inputs), "config": dict(config)}
-                with self._working(stage, key) as folder:
-                    result = _compute(folder, self._final(stage, key), facts, work) or self._winner(stage, key)
-            shutil.rmtree(self._scratch(stage, key), ignore_errors=True)
+                try:
+                    with self._working(stage, key, scratch) as folder:
+                        result = _compute(folder, scratch, self._final(stage, key), facts, work) or self._winner(stage, key)
+                finally:
+                    if not alone:
+                        shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             return result
 
-    def scratch(self, stage: str, key: str) -> pathlib.Path:
-        """A folder for resumable work of one key (see `stage_key`): it outlives a killed process and goes at the commit."""
-        folder = self._scratch(stage, key)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     @contextlib.contextmanager
-    def _working(self, stage: str, key: str) -> Iterator[pathlib.Path]:
+    def _working(self, stage: str, key: str, scratch: pathlib.Path) -> Iterator[pathlib.Path]:
         with contextlib.ExitStack() as stack:
             try:
                 self._final(stage, key).parent.mkdir(parents=True, exist_ok=True)
+                scratch.mkdir(parents=True, exist_ok=True)
                 folder = stack.enter_context(atomic.staging(self.root / ".working", _place(stage, key) + "-"))
             except OSError as error:
                 raise StageError(f"{self.root}: results can't be stored here: {error.strerror}") from error
@@ -111,9 +114,6 @@ class Store:
 
     def _final(self, stage: str, key: str) -> pathlib.Path:
         return self.root / stage / key[:_KEY_DIGITS]
-
-    def _scratch(self, stage: str, key: str) -> pathlib.Path:
-        return self.root / ".scratch" / _place(stage, key)
 
     def _find(self, stage: str, key: str) -> StageResult | None:
         folder = self._final(stage, key)
@@ -141,10 +141,12 @@ class Store:
         return found
 
 
-def _compute(folder: pathlib.Path, final: pathlib.Path, facts: Mapping[str, Any], work: Work) -> StageResult | None:
+def _compute(
+    folder: pathlib.Path, scratch: pathlib.Path, final: pathlib.Path, facts: Mapping[str, Any], work: Work
+) -> StageResult | None:
     """Do the work and commit it; None if another driver's result already lies there."""
     started = time.monotonic()
-    summary = dict(work(folder))
+    summary = dict(work(folder, scratch))
     seconds = round(time.monotonic() - started, 3)
     files = hash_folder(folder)
     manifest = {**facts, "files": files, "digest": content_digest(files), "summary": summary, "seconds": seconds}

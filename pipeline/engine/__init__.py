@@ -1,4 +1,4 @@
-"""Where the work runs: in this process or on Ray, behind one interface. The engine never changes a result."""
+"""Where the work runs: in this process or on Ray, behind one interface. The engine is no part of a result's key."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Engine(Protocol):
             The workers' tables, in ANY order: let them carry the row, and sort.
 
         Raises:
-            ByeSightError: what a worker raised, or a StageError where workers died.
+            ByeSightError: what a worker raised, or a StageError where workers died or the GPU's memory is too small.
         """
 
     def train(self, loop: TrainLoop, arguments: Mapping[str, Any], *, scratch: pathlib.Path, progress: Progress) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from pipeline.config import EngineConfig
 from pipeline.engine import TableWorker, TrainLoop
+from pipeline.engine.memory import memory_watched
 from pipeline.records import Progress
 
 
@@ -70,11 +71,14 @@ class LocalEngine:
     def map_shards(
         self, shards: Sequence[pathlib.Path], build: Callable[..., TableWorker], arguments: Mapping[str, Any], *, batch_rows: int
     ) -> Iterator[pa.Table]:
-        worker = build(**arguments)
+        with memory_watched(build, arguments, building=True):
+            worker = build(**arguments)
         for shard in shards:
             with pq.ParquetFile(shard) as file:
                 for batch in file.iter_batches(batch_size=batch_rows):
-                    yield worker(pa.Table.from_batches([batch]))
+                    with memory_watched(build, arguments):
+                        table = worker(pa.Table.from_batches([batch]))
+                    yield table
 
     def train(self, loop: TrainLoop, arguments: Mapping[str, Any], *, scratch: pathlib.Path, progress: Progress) -> None:
         loop(arguments, LocalContext(scratch, progress))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import re
 import shutil
 import traceback
 import types
@@ -16,11 +17,12 @@ import pyarrow.parquet as pq
 
 from pipeline import errors
 from pipeline.engine import TableWorker, TrainLoop
+from pipeline.engine.memory import memory_watched
 from pipeline.errors import ByeSightError, StageError
 
 _PROGRESS = "progress.jsonl"
 _ERROR = "error.json"
-
+_LINK = re.compile(r"\b(gloo|nccl)\b|closed by peer|reset by peer", re.IGNORECASE)
 
 RESULTS = pa.schema([("table", pa.large_binary()), ("kind", pa.string()), ("message", pa.string()), ("trace", pa.string())])
 """What a DataWorker gives per piece: the worker's table as an Arrow stream, or the kind, message and trace of its error."""
@@ -47,17 +49,18 @@ class DataWorker:
         try:
             result = self._work(piece.column("shard")[0].as_py(), piece.column("start")[0].as_py())
         except Exception as error:  # noqa: BLE001 - the driver raises it
-            own = isinstance(error, ByeSightError)
-            kind, message = (type(error).__name__, str(error)) if own else ("StageError", f"{type(error).__name__}: {error}")
+            kind, message = _told(error)
             return pa.table([[None], [kind], [message], [traceback.format_exc()]], schema=RESULTS)
         return pa.table([[_to_bytes(result)], [None], [None], [None]], schema=RESULTS)
 
     def _work(self, path: str, start: int) -> pa.Table:
         if self._worker is None:
-            self._worker = self._build(**self._arguments)
+            with memory_watched(self._build, self._arguments, building=True):
+                self._worker = self._build(**self._arguments)
         if self._shard is None or self._shard[0] != path:
             self._shard = path, pq.read_table(path)
-        return self._worker(self._shard[1].slice(start, self._batch_rows))
+        with memory_watched(self._build, self._arguments):
+            return self._worker(self._shard[1].slice(start, self._batch_rows))
 
 
 def unpack(results: pa.Table) -> Iterator[pa.Table]:
@@ -73,6 +76,13 @@ def unpack(results: pa.Table) -> Iterator[pa.Table]:
             raise error
         with pa.ipc.open_stream(result["table"]) as stream:
             yield stream.read_all()
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """The kind and the message by which the driver raises an error again."""
+    if isinstance(error, ByeSightError):
+        return type(error).__name__, str(error)
+    return "StageError", f"{type(error).__name__}: {error}"
 
 
 def own_error(kind: str, message: str) -> ByeSightError:
@@ -128,7 +138,8 @@ class RayContext:
 def run_loop(loop: TrainLoop, arguments: Mapping[str, Any], scratch: pathlib.Path, threads: int, *, local: bool) -> None:
     """Run a training loop in one of Ray Train's workers.
 
-    An error of ours is recorded for the driver before it is raised; the workers that Ray then restarts see it and end at once.
+    An error is recorded for the driver before it is raised; the workers that Ray then restarts see it and end at once. Not so one
+    of Ray, or of the link to a worker that has died: after those the loop goes on from its last checkpoint.
     """
     import torch
 
@@ -141,11 +152,23 @@ def run_loop(loop: TrainLoop, arguments: Mapping[str, Any], scratch: pathlib.Pat
     try:
         with process_group(scratch, local=local):
             loop(arguments, context)
-    except ByeSightError as error:
-        record = scratch / f"{_ERROR}.{context.rank}"
-        record.write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}), encoding="utf-8")
-        record.replace(scratch / _ERROR)
+    except Exception as error:
+        if not _of_the_engine(error):
+            kind, message = _told(error)
+            record = scratch / f"{_ERROR}.{context.rank}"
+            told = {"kind": kind, "message": message, "trace": traceback.format_exc()}
+            record.write_text(json.dumps(told), encoding="utf-8")
+            record.replace(scratch / _ERROR)
         raise
+
+
+def _of_the_engine(error: Exception) -> bool:
+    """Whether an error is Ray's, or says that the other workers can't be reached: gloo raises a bare RuntimeError for that."""
+    import torch
+
+    if isinstance(error, torch.distributed.DistError) or type(error).__module__.split(".")[0] == "ray":
+        return True
+    return isinstance(error, RuntimeError) and _LINK.search(str(error)) is not None
 
 
 def clear_records(scratch: pathlib.Path) -> None:
@@ -155,11 +178,13 @@ def clear_records(scratch: pathlib.Path) -> None:
 
 
 def recorded_error(scratch: pathlib.Path) -> ByeSightError | None:
-    """The error of ours that a training loop ended with."""
+    """The error that a training loop ended with, the worker's traceback as a note."""
     if not (scratch / _ERROR).exists():
         return None
     record = json.loads((scratch / _ERROR).read_text(encoding="utf-8"))
-    return own_error(record["kind"], record["message"])
+    error = own_error(record["kind"], record["message"])
+    error.add_note(record["trace"])
+    return error
 
 
 class ProgressLines:

@@ -37,6 +37,8 @@ def learning_rate(config: FinetuneConfig, width: int) -> float:
 def lora_targets(model: Any) -> str:
     """A regular expression for all linear layers in the decoder's blocks (attention and MLP): no vision tower, no output layer.
 
+    A layer that is made of a linear one but gives something else (Llama 4's router, a quantized layer) is none of them.
+
     Raises:
         ModelError: the model has no decoder with numbered blocks.
     """
@@ -45,7 +47,7 @@ def lora_targets(model: Any) -> str:
     if not prefix:
         raise ModelError(f"{type(model).__name__}: its language decoder can't be found")
     block = re.compile(rf"({re.escape(prefix)}\.(?:.+\.)?layers)\.\d+\.(.+)")
-    found = [block.fullmatch(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    found = [block.fullmatch(name) for name, module in model.named_modules() if type(module).forward is torch.nn.Linear.forward]
     stems = {match[1] for match in found if match}
     kinds = sorted({match[2] for match in found if match})
     if len(stems) != 1:

@@ -15,6 +15,8 @@ import transformers
 
 from pipeline import models
 from pipeline.errors import ModelError
+from pipeline.prompts import prompt_text
+from pipeline.records import question_answer
 
 
 @pytest.fixture
@@ -71,6 +73,8 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
         "not a file of this folder",
     ),
     "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
+    "a template for texts alone": (put("chat_template.jinja", b"{{ messages[0]['content'] + '!' }}"), "base: .*can't write"),
+    "a template that writes lists": (put("chat_template.jinja", b"<image>{{ messages }}"), "base: .*list of a message's parts"),
     "unknown architecture": (put("config.json", b'{"model_type": "nonesuch"}'), "config.json can't be used"),
     "encoder-decoder": (other_model(transformers.Florence2Config()), "encoder-decoder"),
     "no image token": (other_model(transformers.LlamaConfig()), "no image_token_id"),
@@ -96,6 +100,15 @@ def test_a_folder_is_refused(base: pathlib.Path, case: str) -> None:
 
 def test_a_sound_folder_passes(tiny_base: pathlib.Path) -> None:
     models.check_model_folder(tiny_base)
+
+
+def test_a_template_of_the_tokenizer_alone_is_taken(base: pathlib.Path) -> None:
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").unlink()
+    edit_json(base / "tokenizer_config.json", chat_template=template)
+    models.check_model_folder(base)
+    _, processor = models.load_base(base, device="cpu")
+    assert prompt_text(processor, question_answer("what?", "x")[:1]) == "USER: <image>\nwhat? ASSISTANT:"
 
 
 def test_a_file_is_no_folder(tiny_base: pathlib.Path) -> None:

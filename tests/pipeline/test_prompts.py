@@ -12,7 +12,17 @@ from transformers import AutoTokenizer, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from pipeline.errors import ModelError, SubmissionError
-from pipeline.prompts import IGNORED, answer_tokens, check_lengths, encode_prompts, encode_training, prompt_text, token_count
+from pipeline.models import image_token_id
+from pipeline.prompts import (
+    IGNORED,
+    answer_tokens,
+    check_lengths,
+    check_template,
+    encode_prompts,
+    encode_training,
+    prompt_text,
+    token_count,
+)
 from pipeline.records import Example, Message, Sample, examples_of, question_answer
 from tests.conftest import picture
 from tests.families import FAMILIES, SQUARE, build
@@ -145,6 +155,74 @@ def test_a_processor_that_does_not_tell_has_its_texts_counted(processor: Any) ->
     check_lengths(silent, EXAMPLES[:1], text)
     with pytest.raises(SubmissionError, match=rf"row 0, answer 0: \d+ tokens without its pictures, the limit is {text - 2}"):
         check_lengths(silent, EXAMPLES[:1], text - 2)
+
+
+@pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
+def test_a_row_without_a_picture_is_named_before_any_is_trained_on(name: str) -> None:
+    """PaliGemma's processor takes it in a batch with pictures, and not in one without."""
+    processor = build(name).processor
+    encode_training(processor, EXAMPLES, 4096)
+    late: Message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and this?"}]}
+    turns = (*question_answer("hello?", "yes", images=0), late, *question_answer("q", "red", images=0)[1:])
+    *_, shown_later = examples_of(Sample(row=6, messages=turns, images=(picture(),)))
+    for rows, row in ((EXAMPLES, 2), ([EXAMPLES[0], shown_later], 6)):
+        with pytest.raises(SubmissionError, match=f"row {row}: .*no picture is shown yet.*take such rows out"):
+            check_lengths(processor, rows, 4096)
+    check_lengths(processor, EXAMPLES[:2], 4096)
+
+
+def test_rows_without_a_picture_are_no_matter_to_others(processor: Any) -> None:
+    check_lengths(processor, EXAMPLES, 4096)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_template_of_a_family_can_be_used(name: str) -> None:
+    built = build(name)
+    check_template(built.processor, image_token_id(built.model.config))
+
+
+TEXTS = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+LISTS = "{% for m in messages %}<image>{{ m['content'] }}{% endfor %}"
+UNUSABLE = {
+    "": "leaves the text out",
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}": "can't write a picture.*concatenate",
+    "{% for m in messages %}{{ m['content'].strip() }}{% endfor %}": "can't write a picture.*no attribute 'strip'",
+    "{{ raise_exception('no chat') }}": "can't write a picture.*no chat",
+    LISTS: "list of a message's parts",
+    "{% for m in messages %}<image>{{ m['content'] | tojson }}{% endfor %}": "list of a message's parts",
+    "{{ '<image>' + messages[0]['content'][1]['text'] }}": "leaves the text out .'a yellow quince' became",
+    TEXTS: "processor refuses a picture.*Found total 0 <image> tokens",
+    f"<image><image>{TEXTS}": "processor refuses a picture",
+}
+
+
+@pytest.mark.parametrize("template", UNUSABLE)
+def test_a_template_that_loses_something_is_refused(with_template: Any, template: str) -> None:
+    processor = with_template(template)
+    with pytest.raises(ModelError, match=UNUSABLE[template]):
+        check_template(processor, processor.image_token_id)
+
+
+def test_a_template_that_leaves_the_picture_out_is_refused() -> None:
+    """Where the processor itself doesn't mind."""
+    built = build("llama4")
+    processor = copy.copy(built.processor)
+    processor.chat_template = TEXTS
+    with pytest.raises(ModelError, match=r"leaves the picture out .'which fruit is this\?'"):
+        check_template(processor, image_token_id(built.model.config))
+
+
+def test_a_system_turn_that_would_be_written_as_a_list_is_refused(with_template: Any) -> None:
+    careless = with_template(
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% else %}"
+        "{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    check_template(careless, careless.image_token_id)
+    system: Message = {"role": "system", "content": [{"type": "text", "text": "be kind"}]}
+    row = examples_of(Sample(row=9, messages=(system, *question_answer("q", "a")), images=(picture(),)))
+    with pytest.raises(SubmissionError, match=r"row 9: .*list of a message's parts"):
+        encode_prompts(careless, row)
+    encode_prompts(careless, [example(0, "what is {'type': 'text'}?", "a dict", "red")])
 
 
 def test_a_damaged_picture_names_its_row(processor: Any) -> None:

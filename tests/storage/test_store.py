@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import pathlib
@@ -12,12 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from pipeline.errors import StageError
 from storage.store import StageResult, Store, stage_key
+from storage.store import Work as Doing
 
 CONFIG: dict[str, Any] = {"rate": 0.5, "names": ["a", "b"]}
 
@@ -29,7 +32,7 @@ class Work:
         self.text = text
         self.calls = 0
 
-    def __call__(self, folder: pathlib.Path) -> Mapping[str, Any]:
+    def __call__(self, folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         self.calls += 1
         (folder / "inner").mkdir()
         (folder / "inner/a.txt").write_text(self.text)
@@ -37,7 +40,7 @@ class Work:
         return {"rows": 3}
 
 
-def run(store: Store, work: Callable[[pathlib.Path], Mapping[str, Any]], **changes: Any) -> StageResult:
+def run(store: Store, work: Doing, **changes: Any) -> StageResult:
     return store.run("score", **{"version": 1, "inputs": {"rows": "abc"}, "config": CONFIG, "work": work, **changes})
 
 
@@ -85,7 +88,7 @@ def test_an_input_counts_by_its_digest(tmp_path: pathlib.Path) -> None:
 
 
 def test_work_that_raises_leaves_nothing(tmp_path: pathlib.Path) -> None:
-    def fail(folder: pathlib.Path) -> Mapping[str, Any]:
+    def fail(folder: pathlib.Path, _scratch: pathlib.Path) -> Mapping[str, Any]:
         (folder / "half.txt").write_text("half")
         raise ZeroDivisionError
 
@@ -102,15 +105,14 @@ def kill_in(tmp_path: pathlib.Path, place: str) -> StageResult:
 import os, pathlib, signal, sys
 from storage import atomic, store
 def die(*arguments): os.kill(os.getpid(), signal.SIGKILL)
-def work(folder):
+def work(folder, scratch):
     (folder / "b.txt").write_text("half")
-    (shop.scratch("score", key) / "step").write_text("1")
+    (scratch / "step").write_text("1")
     {"die()" if place == "work" else ""}
     return {{}}
 {"atomic.sync = die" if place == "commit" else ""}
 shop = store.Store(pathlib.Path(sys.argv[1]))
 arguments = dict(version=1, inputs={{"rows": "abc"}}, config={CONFIG!r})
-key = store.stage_key("score", **arguments)
 shop.run("score", **arguments, work=work)
 """
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, cwd=pathlib.Path(__file__).parents[2])
@@ -129,11 +131,10 @@ def test_a_killed_process_leaves_nothing_that_counts(place: str, tmp_path: pathl
 
 def test_scratch_outlives_a_failure_and_goes_with_the_commit(tmp_path: pathlib.Path) -> None:
     store = Store(tmp_path)
-    key = stage_key("score", version=1, inputs={"rows": "abc"}, config=CONFIG)
     seen = []
 
-    def resumable(folder: pathlib.Path) -> Mapping[str, Any]:
-        step = store.scratch("score", key) / "step"
+    def resumable(_folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
+        step = scratch / "step"
         seen.append(step.exists())
         step.write_text("1")
         if len(seen) == 1:
@@ -144,6 +145,47 @@ def test_scratch_outlives_a_failure_and_goes_with_the_commit(tmp_path: pathlib.P
         run(store, resumable)
     run(store, resumable)
     assert seen == [False, True]
+    assert not list((tmp_path / ".scratch").iterdir())
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_without_locks_every_driver_has_a_scratch_of_its_own(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.atomic.fcntl.flock", no_locks)
+    store, together, seen = Store(tmp_path), threading.Barrier(2, timeout=30), []
+
+    def checkpointing(_folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
+        assert not list(scratch.iterdir())
+        (scratch / "step").write_text("1")
+        seen.append(scratch)
+        together.wait()
+        if scratch == seen[0]:
+            return {}
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.glob("score/*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert (scratch / "step").exists(), "the winner has removed the loser's"
+        return {}
+
+    with ThreadPoolExecutor(2) as pool:
+        results = [future.result(60) for future in [pool.submit(run, store, checkpointing) for _ in range(2)]]
+    assert len(set(seen)) == 2
+    assert sorted(result.reused for result in results) == [False, True]
+    assert not list((tmp_path / ".scratch").iterdir())
+
+
+def test_without_locks_nothing_is_left_that_no_run_would_find(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.atomic.fcntl.flock", no_locks)
+
+    def fail(_folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
+        (scratch / "step").write_text("1")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(Store(tmp_path), fail)
     assert not list((tmp_path / ".scratch").iterdir())
 
 
@@ -198,9 +240,9 @@ def test_another_result_in_its_place_is_known(tmp_path: pathlib.Path) -> None:
 def test_two_drivers_at_once_do_the_work_once(tmp_path: pathlib.Path) -> None:
     work, results = Work(), []
 
-    def slow(folder: pathlib.Path) -> Mapping[str, Any]:
+    def slow(folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
         time.sleep(0.2)
-        return work(folder)
+        return work(folder, scratch)
 
     threads = [threading.Thread(target=lambda: results.append(run(Store(tmp_path), slow))) for _ in range(3)]
     for thread in threads:
@@ -215,9 +257,9 @@ def test_two_drivers_at_once_do_the_work_once(tmp_path: pathlib.Path) -> None:
 def test_without_locks_the_loser_takes_the_winners_result(tmp_path: pathlib.Path) -> None:
     winner = run(Store(tmp_path / "elsewhere"), Work("winner"))
 
-    def slow(folder: pathlib.Path) -> Mapping[str, Any]:
+    def slow(folder: pathlib.Path, scratch: pathlib.Path) -> Mapping[str, Any]:
         shutil.copytree(winner.folder, tmp_path / "store/score" / winner.key[:32])
-        return Work("loser")(folder)
+        return Work("loser")(folder, scratch)
 
     result = run(Store(tmp_path / "store"), slow)
     assert result.reused
@@ -256,7 +298,7 @@ def test_a_full_disk_at_the_commit(tmp_path: pathlib.Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("summary", [{"loss": float("nan")}, {"path": pathlib.Path()}], ids=["NaN", "object"])
 def test_a_summary_must_be_json(summary: dict[str, Any], tmp_path: pathlib.Path) -> None:
     with pytest.raises(StageError, match="summary can't be written as JSON"):
-        run(Store(tmp_path), lambda folder: summary)
+        run(Store(tmp_path), lambda *_: summary)
 
 
 @pytest.mark.parametrize("stage", ["", "../x", "Score", "a/b", ".locks"])

@@ -50,6 +50,42 @@ def buggy_worker() -> Rows:
     raise ZeroDivisionError("a bug")
 
 
+def greedy_worker(*, batch_size: int | None = None, building: bool = False) -> Greedy:
+    del batch_size
+    if building:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return Greedy()
+
+
+class Greedy:
+    """Asks for more memory than there is."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {table.num_rows} GiB")
+
+
+GREEDY: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"batch_size": 32}, "the GPU's memory is too small: lower engine.batch_size (now 32)"),
+    ({}, "the GPU's memory is too small: lower engine.batch_size"),
+    ({"batch_size": 1}, "the GPU's memory is too small: engine.batch_size is 1 already; take a smaller base or a larger GPU"),
+    (
+        {"batch_size": 32, "building": True},
+        "the GPU's memory is too small: it can't hold what a worker of the engine stage loads; take a smaller base or a larger GPU",
+    ),
+)
+"""Arguments of `greedy_worker`, and what is said of it; its package, and so its stage, is `engine`."""
+
+
+def buggy_loop(arguments: Mapping[str, Any], context: TrainContext) -> None:
+    """The last rank fails while the others wait for it."""
+    with (pathlib.Path(arguments["scratch"]) / "starts").open("a") as file:
+        file.write(f"{context.rank} ")
+    if context.rank == context.world_size - 1:
+        time.sleep(SETTLE_SECONDS)
+        raise ZeroDivisionError("a bug")
+    torch.distributed.all_reduce(torch.ones(1))
+
+
 def count_steps(arguments: Mapping[str, Any], context: TrainContext) -> None:
     """Count to `steps`, with a checkpoint after each; `die_at` kills the last rank once; `fail_at` raises a StageError there."""
     scratch = pathlib.Path(arguments["scratch"])

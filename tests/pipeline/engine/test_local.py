@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -38,6 +39,13 @@ def test_errors_pass_through(shards: list[pathlib.Path]) -> None:
         list(ENGINE.map_shards(shards, jobs.rows_worker, {"fail_at": 9}, batch_rows=4))
     with pytest.raises(ModelError):
         list(ENGINE.map_shards(shards, jobs.broken_worker, {}, batch_rows=4))
+
+
+@pytest.mark.parametrize(("arguments", "message"), jobs.GREEDY)
+def test_too_little_memory_names_the_setting(shards: list[pathlib.Path], arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(StageError) as caught:
+        list(ENGINE.map_shards(shards, jobs.greedy_worker, arguments, batch_rows=4))
+    assert str(caught.value) == message
 
 
 def test_threads_are_set_and_put_back() -> None:

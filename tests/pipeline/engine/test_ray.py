@@ -60,13 +60,22 @@ def test_no_shards_no_tables(ray_engine: Any) -> None:
 def test_training_survives_a_dead_worker_and_then_ends_at_our_own_error(ray_engine: Any, tmp_path: pathlib.Path) -> None:
     told: list[tuple[float, str]] = []
     arguments = {"steps": 4, "scratch": str(tmp_path), "die_at": 3, "fail_at": 4}
-    with pytest.raises(StageError, match=r"^no use after step 4$"):
+    with pytest.raises(StageError, match="no use after step 4") as caught:
         ray_engine.train(jobs.count_steps, arguments, scratch=tmp_path, progress=lambda share, text: told.append((share, text)))
+    assert str(caught.value) == "no use after step 4"
     assert (tmp_path / "starts").read_text().split() == ["0", "2"]
     assert told == [(0.25, "step 1"), (0.5, "step 2"), (0.75, "step 3")]
     del arguments["fail_at"]
     ray_engine.train(jobs.count_steps, arguments, scratch=tmp_path, progress=no_progress)
     assert (tmp_path / "starts").read_text().split() == ["0", "2", "3"]
+
+
+def test_a_bug_of_one_rank_ends_the_training_at_once(ray_engine: Any, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(StageError, match="a bug") as caught:
+        ray_engine.train(jobs.buggy_loop, {"scratch": str(tmp_path)}, scratch=tmp_path, progress=no_progress)
+    assert str(caught.value) == "ZeroDivisionError: a bug"
+    assert "in buggy_loop" in caught.value.__notes__[0]
+    assert sorted((tmp_path / "starts").read_text().split()) == ["0", "1"]
 
 
 def test_a_training_that_is_given_up_ends(ray_engine: Any, tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import logging
 import pathlib
@@ -17,7 +19,10 @@ from transformers import (
 
 from pipeline.config import FinetuneConfig
 from pipeline.models import base_identity, load_adapter, load_base
+from pipeline.prompts import IGNORED, encode_training
 from stages.finetune.lora import add_lora, learning_rate, lora_targets, projector_name, write_adapter
+from stages.finetune.recorder import answer_loss
+from tests import families
 
 LINEAR = {
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -138,6 +143,25 @@ def test_the_adapter_folder(llava: Any, tiny_base: pathlib.Path, tmp_path: pathl
         loaded = load_adapter(fresh, tmp_path / "adapter")(**ids).logits
         assert torch.equal(loaded, adapted(**ids).logits)
     assert not torch.allclose(loaded, plain)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_step_of_every_family_lowers_the_loss(name: str) -> None:
+    built = families.build(name)
+    model = add_lora(copy.deepcopy(built.model), FinetuneConfig(lora_rank=2)).train()
+    batch = encode_training(built.processor, [dataclasses.replace(one, answer="red or blue") for one in built.examples], 4096)
+    labels = batch.pop("labels")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(2):
+        loss = answer_loss(model(**batch).logits, labels, int((labels != IGNORED).sum()))
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert losses[1] < losses[0]
+    moved = {key.split("layers.")[1].split(".")[0] for key, p in model.named_parameters() if "lora_B" in key and p.any()}
+    assert len(moved) == built.model.config.get_text_config().num_hidden_layers
 
 
 def test_targets_are_short(llava: Any) -> None:
