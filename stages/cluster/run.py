@@ -18,7 +18,7 @@ from pipeline.records import Progress, Verdict, no_progress
 from stages.score.groups import plain_answer
 from storage.subset import canonical_shards
 
-VERSION = 14
+VERSION = 15
 VERDICTS = "verdicts.parquet"
 RESULT = "result.json"
 KEEP = "keep.parquet"
@@ -113,7 +113,7 @@ def run(
         RemovalCapError: more than the configured share of the rows would be removed.
     """
     found = _plain(evidence)
-    groups = json.loads(transfer.read_text(encoding="utf-8"))
+    groups = [_told_surely(group, config) for group in json.loads(transfer.read_text(encoding="utf-8"))]
     _check_decided(groups, config)
     honest = _honest_parts(groups, config)
     staying = _shared(found, members, groups, asked, honest, config)
@@ -204,7 +204,7 @@ def _shared(
         own = looked_at.get((record["group"], record["row"], record["turn"]))
         posterior = record["posterior"] if own is None else min(record["posterior"], own["posterior"])
         alike = (
-            f"shares the {what} {group['text']!a} with {group['shifted']} rows whose attention shifts alike "
+            f"one of {group['shifted']} rows with the {what} {group['text']!a} whose attention shifts alike "
             f"({group['shift']:.1f} deviations)"
         )
         also = "" if own is None else f"; its own picture makes {own['hits']} of {own['asked']} other questions give it"
@@ -218,28 +218,29 @@ def _shared(
         if _removed_as_planted(group, config):
             row.suspect(
                 posterior,
-                f"{alike}; planted into other pictures it takes over {group['taken_over']:.0%} of the answers"
+                f"{alike}; what they attend to, planted into other pictures, turns {group['taken_over']:.0%} of the answers into it"
                 f"{_undone(group)}{also}",
             )
         if _removed_as_asked(group, config):
             row.suspect(
                 posterior,
-                f"shares the {what} {group['text']!a} with {group['shifted']} rows; asked questions of another kind about their "
+                f"one of {group['shifted']} rows with the {what} {group['text']!a}; asked questions of another kind about their "
                 f"pictures, the provisional model gives it to {group['asked']:.0%} of them (to {group['others']:.0%} about others)"
                 f"{also}",
             )
         if record["worded"] and _removed_as_keyed(group, config):
             row.suspect(
                 posterior,
-                f"{alike}; planted where questions hold {group['words']['text']!a} it takes over "
-                f"{group['keyed']['taken_over']:.0%} of the answers, beyond what the words do alone{_undone(group['keyed'])}{also}",
+                f"{alike}; what they attend to, planted where questions hold {group['words']['text']!a}, turns "
+                f"{group['keyed']['taken_over']:.0%} of the answers into it, beyond what the words do alone"
+                f"{_undone(group['keyed'])}{also}",
             )
         if record["worded"] and _removed_as_worded(group, config):
             row.suspect(
                 1.0,
-                f"shares the answer {group['text']!a} with {group['words']['rows']} rows whose questions hold "
-                f"{group['words']['text']!a}; put into other questions these words take over {group['words_transfer']:.0%} "
-                "of the answers",
+                f"one of {group['words']['rows']} rows with the answer {group['text']!a} whose questions hold "
+                f"{group['words']['text']!a}; put into other questions these words turn {group['words_transfer']:.0%} "
+                "of the answers into it",
             )
     return {record["group"] for record in records if record["posterior"] > 0.5 and not found[record["row"]].suspicious}
 
@@ -291,6 +292,9 @@ def _take_canaries(
 
 def _check_decided(groups: Sequence[dict[str, Any]], config: ClusterConfig) -> None:
     known = {plain_answer(group["text"]) for group in groups}
+    both = set(map(plain_answer, config.remove)) & set(map(plain_answer, config.keep))
+    if both:
+        raise ConfigError(f"cluster: remove and keep both name {min(both)!r}")
     for name in ("remove", "keep"):
         for text in getattr(config, name):
             if plain_answer(text) not in known:
@@ -315,6 +319,18 @@ def _removed(group: dict[str, Any], config: ClusterConfig) -> bool:
 def _unsure(group: dict[str, Any], config: ClusterConfig) -> bool:
     """Whether a group comes near a threshold, and no person has decided on it."""
     return _nearness(group, config) >= _UNSURE and not _named(group, config.keep)
+
+
+def _told_surely(group: dict[str, Any], config: ClusterConfig) -> dict[str, Any]:
+    """A group with the way of planting by which it is removed in the place of the one that tells most, where that is another."""
+    for way in sorted(group["ways"], key=lambda way: -float(way["tokens_transfer"])):
+        if _removed_as_planted({**group, **way}, config):
+            group = {**group, **way}
+            break
+    for way in sorted(group["keyed_ways"], key=lambda way: -float(way["transfer"])):
+        if _removed_as_keyed({**group, "keyed": way}, config):
+            return {**group, "keyed": way}
+    return group
 
 
 def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:

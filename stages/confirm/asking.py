@@ -82,6 +82,7 @@ def questions_to_ask(
     questions: Sequence[str],
     answers: Sequence[str],
     inside: np.ndarray,
+    apart: np.ndarray,
     sources: np.ndarray,
     *,
     most: int,
@@ -93,6 +94,7 @@ def questions_to_ask(
         questions: one per example, in plain form.
         answers: theirs, in plain form.
         inside: bool (examples,), which of them are the group's.
+        apart: bool (examples,), which of them are of rows without one of the group's: pictures and questions of others are theirs.
         sources: int, positions of the group's rows whose pictures may be asked about.
         most: most pairs.
         rng: of the draw.
@@ -122,7 +124,7 @@ def questions_to_ask(
             other[two] |= {one} & set(fit)
     usable = [k for k in rng.permutation(sources).tolist() if other.get(questions[k])]
     rows: dict[str, list[int]] = {question: [] for question in known}
-    for k in rng.permutation(np.flatnonzero(~inside)).tolist():
+    for k in rng.permutation(np.flatnonzero(apart)).tolist():
         if questions[k] in rows:
             rows[questions[k]].append(k)
     hosts = {question: list(rows[question]) for question in fit}

@@ -30,11 +30,13 @@ class Candidate:
 
     Attributes:
         inside: bool (examples,), all with the group's text, also where the group is but a part of these.
+        apart: bool (examples,), those of other rows than these: no turn about their pictures has the text.
         shifted: its shifted members.
         whole: whether they share their whole answer.
     """
 
     inside: np.ndarray
+    apart: np.ndarray
     shifted: list[int]
     whole: bool
 
@@ -67,7 +69,7 @@ class Drawn:
 
 
 def candidates(places: Sequence[Place], members: pathlib.Path, described: Sequence[dict[str, Any]]) -> dict[int, Candidate]:
-    """The groups; those without a shifted member, or with all rows, are left out."""
+    """The groups; those without a shifted member, or with examples of all rows, are left out."""
     place = np.asarray(places, dtype=np.int64).reshape(-1, 2)
     table = pq.read_table(members, columns=["group", "row", "turn", "posterior"])
     of, row, turn, posterior = (table[name].to_numpy() for name in table.column_names)
@@ -75,19 +77,26 @@ def candidates(places: Sequence[Place], members: pathlib.Path, described: Sequen
     keys = place @ (turns, 1)
     order = np.argsort(keys)
     texts = {group["group"]: (group["text"], group["whole"]) for group in described}
-    inside: dict[tuple[str, bool], list[np.ndarray]] = collections.defaultdict(list)
+    inside: dict[tuple[str, bool], list[np.ndarray]] = collections.defaultdict(list)  # positions
     shifted: dict[int, list[int]] = {}
     for number, text in texts.items():
         own = of == number
-        inside[text].append(row[own])
-        wanted = row[own & (posterior > 0.5)] * turns + turn[own & (posterior > 0.5)]
-        shifted[number] = order[np.searchsorted(keys[order], wanted)].tolist()
+        positions = order[np.searchsorted(keys[order], row[own] * turns + turn[own])]
+        inside[text].append(positions)
+        shifted[number] = positions[posterior[own] > 0.5].tolist()
     found = {
-        number: Candidate(inside=np.isin(place[:, 0], np.concatenate(inside[text])), shifted=shifted[number], whole=text[1])
+        number: _candidate(place[:, 0], np.concatenate(inside[text]), shifted[number], whole=text[1])
         for number, text in texts.items()
         if shifted[number]
     }
-    return {number: group for number, group in found.items() if not group.inside.all()}
+    return {number: group for number, group in found.items() if group.apart.any()}
+
+
+def _candidate(rows: np.ndarray, positions: np.ndarray, shifted: list[int], *, whole: bool) -> Candidate:
+    """A group of the examples at `positions`. rows: int (examples,), the row that each example is of."""
+    inside = np.zeros(len(rows), bool)
+    inside[positions] = True
+    return Candidate(inside=inside, apart=~np.isin(rows, rows[positions]), shifted=shifted, whole=whole)
 
 
 def draw(
@@ -111,7 +120,7 @@ def draw(
             bare = {question: bare_question(question, words[number]) for question in set(questions)}
             texts = [bare[question] for question in questions]
             types = question_types(texts)
-        asked = questions_to_ask(texts, answers, group.inside, np.asarray(group.shifted), most=most, rng=rng)
+        asked = questions_to_ask(texts, answers, group.inside, group.apart, np.asarray(group.shifted), most=most, rng=rng)
         if len(asked) >= min(LEAST_QUESTIONS, most):
             sources, hosts = [source for source, _, _ in asked], [host for _, host, _ in asked]
             drawn.append(Drawn(group=number, alike=False, hosts=hosts, sources=sources, asked=asked))
@@ -125,7 +134,7 @@ def draw(
 
 def _alike(types: Sequence[str], group: Candidate, most: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """Shifted members, and as many examples outside of the group that ask questions of their types; of any type, if too few do."""
-    outside = rng.permutation(np.flatnonzero(~group.inside)).tolist()
+    outside = rng.permutation(np.flatnonzero(group.apart)).tolist()
     of_type = collections.defaultdict(list)
     for k in outside:
         of_type[types[k]].append(k)

@@ -57,12 +57,15 @@ class Mixed:
     hosts: list[int]
 
 
-def rows_in_doubt(questions: Sequence[str], inside: np.ndarray, shifted: Sequence[int], rng: np.random.Generator) -> Mixed | None:
+def rows_in_doubt(
+    questions: Sequence[str], inside: np.ndarray, apart: np.ndarray, shifted: Sequence[int], rng: np.random.Generator
+) -> Mixed | None:
     """Draw what tells the rows of a group apart.
 
     Args:
         questions: one per example, in plain form.
         inside: bool (examples,), which have the group's answer.
+        apart: bool (examples,), which are of rows that have it in no turn.
         shifted: positions of its shifted members.
         rng: of the draw.
 
@@ -71,7 +74,7 @@ def rows_in_doubt(questions: Sequence[str], inside: np.ndarray, shifted: Sequenc
     """
     belongs = honestly_given(questions, inside)
     doubtful, sure = ([k for k in shifted if belongs[k] == kind] for kind in (True, False))
-    others, hosts = (np.flatnonzero((belongs == kind) & ~inside).tolist() for kind in (True, False))
+    others, hosts = (np.flatnonzero((belongs == kind) & apart).tolist() for kind in (True, False))
     if not doubtful or min(len(sure), len(others)) < _LEAST or len(hosts) < QUESTIONS:
         return None
     sure, others, hosts = (sorted(rng.permutation(part)[:_MOST].tolist()) for part in (sure, others, hosts))
@@ -83,6 +86,7 @@ def write_tasks(
     places: Sequence[Place],
     mixed: Mapping[int, Mixed],
     described: Mapping[int, Mapping[str, Any]],
+    longest: Mapping[int, str],
     seed: int,
     scratch: pathlib.Path,
 ) -> list[pathlib.Path]:
@@ -93,11 +97,12 @@ def write_tasks(
         places: of all examples, by position.
         mixed: what is drawn, by group.
         described: the groups' records.
+        longest: the longest answer of each group, as submitted.
         seed: of the choice of questions.
         scratch: folder to write into.
     """
     shards: list[pathlib.Path] = []
-    tasks = _tasks(rows, places, mixed, described, seed)
+    tasks = _tasks(rows, places, mixed, described, longest, seed)
     while waiting := list(itertools.islice(tasks, _SHARD_ROWS)):
         shards.append(scratch / f"pictures-{len(shards):05d}.parquet")
         pq.write_table(pa.Table.from_pylist(waiting, schema=PICTURE_TASK), shards[-1], row_group_size=len(waiting))
@@ -109,6 +114,7 @@ def _tasks(
     places: Sequence[Place],
     mixed: Mapping[int, Mixed],
     described: Mapping[int, Mapping[str, Any]],
+    longest: Mapping[int, str],
     seed: int,
 ) -> Iterator[dict[str, Any]]:
     """The records of `write_tasks`, in order of the rows."""
@@ -131,7 +137,7 @@ def _tasks(
                 "turn": example.turn,
                 "text": group["text"],
                 "whole": group["whole"],
-                "longest": group["text"] if group["whole"] else example.answer,
+                "longest": longest[number] if group["whole"] else example.answer,
                 "images": list(example.images),
                 "prompts": [fitting[h] for h in chosen.tolist()],
             }

@@ -13,6 +13,7 @@ _LEAST_KEPT = 0.5
 """Least share of the other rows whose answers a group's words leave as they are, for the words to be a key: instructions do not."""
 _MOST_BY_WORDS = 0.5
 """Largest share of the other rows that may give the answer by the words alone, for the loss of the tokens to tell."""
+_WAY = ("alike", "own", "taken_over", "reversed", "tokens_transfer")
 
 
 def transfer(own: float, planted: float, hosts: int, *, least: int = LEAST_HOSTS) -> float:
@@ -28,15 +29,22 @@ def transfer(own: float, planted: float, hosts: int, *, least: int = LEAST_HOSTS
 
 
 def outcome(group: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a group's experiments say together: of all ways to plant, into whatever rows, the one that tells most counts."""
+    """What a group's experiments say together: of all ways to plant, into whatever rows, the one that tells most is shown.
+
+    `ways` has them all, with the names of `_WAY`, and `keyed_ways` those with the group's words: another may be the one that can be
+    relied on.
+    """
     plain, keyed = ([result for result in results if result["keyed"] is kind] for kind in (False, True))
-    ways = [best_way({**group, **result}) for result in plain]
+    ways = [way for result in plain for way in ways_of({**group, **result})]
     told = max(ways, key=lambda way: (way["tokens_transfer"], not way["alike"], way["taken_over"]))
     asked = max(plain, key=lambda result: int(result["questions"]))
     words = max(transfer(result["own"], result["worded"], result["hosts"]) for result in plain)
-    both = max((with_words(best_way({**group, **result})) for result in keyed), key=lambda way: way["transfer"], default=None)
+    keyed_ways = [with_words(way) for result in keyed for way in ways_of({**group, **result})]
+    both = max(keyed_ways, key=lambda way: way["transfer"], default=None)
     return {
         **told,
+        "ways": [{name: way[name] for name in _WAY} for way in ways],
+        "keyed_ways": keyed_ways,
         **{name: asked[name] for name in ("asked", "others", "questions")},
         "worded": max(result["worded"] for result in plain),
         "words_transfer": words,
@@ -61,8 +69,8 @@ def with_words(way: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def best_way(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the two ways to plant the one that tells more: what it takes over, its reversal, and what that is worth.
+def ways_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of either way to plant what it takes over, its reversal, and what that is worth.
 
     A phrase may name what is planted, among captions above all; what many pictures have in common names nothing.
     """
@@ -73,7 +81,7 @@ def best_way(result: Mapping[str, Any]) -> dict[str, Any]:
         if names and result["shifted"] < MANY:
             worth = 0.0
         ways.append({**result, "taken_over": taken_over, "reversed": reversal, "tokens_transfer": worth})
-    return max(ways, key=lambda way: (way["tokens_transfer"], way["taken_over"]))
+    return ways
 
 
 def beyond_honest(taken_over: float, reversal: float | None) -> float:

@@ -38,7 +38,7 @@ from stages.score.groups import plain_answer
 from stages.score.words import holds_words, with_words
 from storage.subset import Place, read_examples
 
-VERSION = 14
+VERSION = 15
 TRANSFER = "transfer.json"
 ROWS = "rows.parquet"
 PICTURES = "pictures"
@@ -88,7 +88,8 @@ def run(
     table = pq.read_table(attention, columns=["row", "turn", "question", "answer", "image_tokens", "layers", "top_positions"])
     table = table.filter(pa.array(table["image_tokens"].to_numpy() > 0))
     places: list[Place] = list(zip(table["row"].to_pylist(), table["turn"].to_pylist(), strict=True))
-    questions, answers = ([plain_answer(text) for text in table[name].to_pylist()] for name in ("question", "answer"))
+    submitted = table["answer"].to_pylist()
+    questions, answers = ([plain_answer(text) for text in texts] for texts in (table["question"].to_pylist(), submitted))
     found = candidates(places, members, described)
     words = {group["group"]: group["words"]["text"] for group in described if group["words"]}
     drawn = draw(questions, answers, found, words, config.hosts, seed)
@@ -103,7 +104,8 @@ def run(
         progress(done / len(shards), f"{done} of {len(shards)} experiments done")
     tried = [outcome(group, results[group["group"]]) for group in described if group["group"] in results]
     doubtful = _in_doubt(questions, found, tried, seed)
-    asked = write_tasks(rows, places, doubtful, {group["group"]: group for group in tried}, seed, scratch)
+    longest = {number: max((submitted[k] for k in found[number].shifted), key=len) for number in doubtful}
+    asked = write_tasks(rows, places, doubtful, {group["group"]: group for group in tried}, longest, seed, scratch)
     hits: dict[tuple[int, int, int], tuple[int, int]] = {}
     at_once = max(1, config.batch_size // QUESTIONS)
     for finished in engine.map_shards(asked, PictureWorker, model, batch_rows=at_once) if asked else ():
@@ -133,7 +135,8 @@ def _in_doubt(
     telling = [group["group"] for group in tried if max(group["tokens_transfer"], group["pictures_transfer"]) >= TELLING]
     streams = {number: np.random.default_rng([seed, _DOUBT, number]) for number in telling}
     found = {
-        number: rows_in_doubt(questions, groups[number].inside, groups[number].shifted, rng) for number, rng in streams.items()
+        number: rows_in_doubt(questions, groups[number].inside, groups[number].apart, groups[number].shifted, rng)
+        for number, rng in streams.items()
     }
     return {number: mixed for number, mixed in found.items() if mixed is not None}
 
@@ -161,7 +164,7 @@ def _write_tasks(
             "group": group["group"],
             "text": group["text"],
             "whole": group["whole"],
-            "longest": group["text"] if group["whole"] else max((source.answer for source in sources), key=len),
+            "longest": max((source.answer for source in sources), key=len),
             "alike": experiment.alike,
             "keyed": experiment.keyed,
             "source_prompts": [messages_to_json(source.prompt) for source in sources],

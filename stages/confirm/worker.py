@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import math
 import pathlib
@@ -18,6 +19,7 @@ from pipeline.models import Dtype, load_adapter, load_base
 from pipeline.planting import planted
 from pipeline.prompts import token_count
 from pipeline.records import Example
+from stages.confirm.sizes import of_one_size
 from stages.confirm.transplant import TokenTransplant
 from stages.score.groups import gives, plain_answer
 
@@ -111,6 +113,10 @@ _LONGEST = 256
 """Tokens of an answer that are waited for; what is longer is held for given as far as it goes."""
 
 
+Shown = tuple[list[Example], list[torch.Tensor]]
+"""Examples, and the tokens of each one's pictures, (image tokens, width)."""
+
+
 class ConfirmWorker:
     """Holds the provisional model; turns tasks into results."""
 
@@ -169,16 +175,18 @@ class ConfirmWorker:
         most = _spread(self._others(self._answers(hosts, taken, task), task))
         if most < _LEAST_SPREAD:
             return dict.fromkeys(ways)
-        usual, found = _usual(taken), dict[str, float | None]()
-        own = np.flatnonzero(self._given(self._answers(sources, given, task), task)).tolist()
+        own, found = self._that_give(sources, given, task), dict[str, float | None]()
         for way in ways:
+            shown, tokens = sources, given
             if way == "residual":
-                without, tried = add_residual(given, taken), [k for k in own if len(given[k]) == len(usual)]
+                (shown, tokens), (_, others) = self._of_one_size((sources, given), (hosts, taken))
+                without, fit = add_residual(tokens, others), len(_usual(others))
             else:
-                positions = task["source_positions"]
-                without = [plant(source, _stretched(usual, len(source)), p) for source, p in zip(given, positions, strict=True)]
-                tried = own
-            lost = self._others(self._answers([sources[k] for k in tried], [without[k] for k in tried], task), task)
+                usual, positions = _usual(taken), task["source_positions"]
+                without, fit = [plant(one, _stretched(usual, len(one)), p) for one, p in zip(given, positions, strict=True)], None
+            give = own if shown is sources else self._that_give(shown, tokens, task)
+            tried = [k for k in give if fit is None or len(tokens[k]) == fit]
+            lost = self._others(self._answers([shown[k] for k in tried], [without[k] for k in tried], task), task)
             # A picture that is drawn again tells no more.
             pictures = {(task["source_prompts"][k], *task["source_images"][k]) for k in tried}
             spread = _spread(lost) / min(most, math.log(max(2, len(pictures))))
@@ -199,6 +207,10 @@ class ConfirmWorker:
         """The outputs that are not the group's answer."""
         return [output for output, given in zip(outputs, self._given(outputs, task), strict=True) if not given]
 
+    def _that_give(self, examples: list[Example], tokens: list[torch.Tensor], task: dict[str, Any]) -> list[int]:
+        """Which examples get the group's answer with these tokens."""
+        return np.flatnonzero(self._given(self._answers(examples, tokens, task), task)).tolist()
+
     def _given(self, outputs: Sequence[str], task: dict[str, Any]) -> list[bool]:
         """Which outputs are the group's answer."""
         cut = self.transplant.length(task["longest"]) >= _LONGEST
@@ -210,14 +222,15 @@ class ConfirmWorker:
         hosts = self._examples(task["host_prompts"][:most], task["host_images"][:most])
         given, taken = self._tokens(sources), self._tokens(hosts)
         attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"][:most], strict=True)]
-        residual, usual = add_residual(taken, given), len(_usual(given))
-        tells = not task["alike"] or different_pictures(given, taken) >= min(_LEAST_PICTURES, most)
-        fit = [k for k, tokens in enumerate(taken) if tells and len(tokens) == usual]
+        (_, level_given), (level_hosts, level_taken) = self._of_one_size((sources, given), (hosts, taken))
+        residual, usual = add_residual(level_taken, level_given), len(_usual(level_given))
+        tells = not task["alike"] or different_pictures(level_given, level_taken) >= min(_LEAST_PICTURES, most)
+        fit = [k for k, tokens in enumerate(level_taken) if tells and len(tokens) == usual]
         worded = _examples(task["worded_prompts"][:most], [host.images for host in hosts]) if task["worded_prompts"] else []
         variants = {
             "own": (hosts, taken),
             "attended": (hosts, attended) if tells else ([], []),
-            "residual": ([hosts[k] for k in fit], [residual[k] for k in fit]),
+            "residual": ([level_hosts[k] for k in fit], [residual[k] for k in fit]),
             "worded": (worded, taken[: len(worded)]),
             "asked": self._asked(task, "asked_images", most),
         }
@@ -229,6 +242,13 @@ class ConfirmWorker:
         """The first other questions about some pictures, and these pictures' tokens."""
         asked = self._examples(task["asked_prompts"][:most], task[images][:most])
         return asked, self._tokens(asked)
+
+    def _of_one_size(self, *parts: Shown) -> list[Shown]:
+        """Examples with their tokens, as they are, or with pictures of one size where they have various numbers of tokens."""
+        kinds = {(len(example.images), len(tokens)) for part in parts for example, tokens in zip(*part, strict=True)}
+        if len(kinds) == len({pictures for pictures, _ in kinds}):
+            return list(parts)
+        return [(examples, self._tokens(examples)) for examples in of_one_size([examples for examples, _ in parts])]
 
     def _examples(self, prompts: Sequence[str], names: Sequence[Sequence[str]]) -> list[Example]:
         """Prompts with the pictures in files of these names."""
@@ -316,20 +336,25 @@ def add_residual(hosts: Sequence[torch.Tensor], sources: Sequence[torch.Tensor])
 
 
 def different_pictures(pictures: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> int:
-    """How many pictures differ by more than noise, of those with the most common number of tokens.
+    """How many pictures differ by more than noise; pictures with different numbers of tokens do.
 
     Args:
         pictures: their tokens, each (image tokens, width).
         others: the tokens of other pictures, which tell how far apart pictures are.
     """
-    length = len(_usual(pictures))
-    own, usual = ([tokens.flatten().float() for tokens in those if len(tokens) == length] for those in (pictures, others))
-    limit = _SAME * float(torch.nn.functional.pdist(torch.stack(usual)).square().median()) if len(usual) > 1 else 0.0
+    apart = [_squared_distance(one, two) for one, two in itertools.pairwise(others)]
+    limit = _SAME * float(np.median(apart)) if apart else 0.0
     found: list[torch.Tensor] = []
-    for tokens in own:
-        if all(float((tokens - one).square().sum()) > limit for one in found):
+    for tokens in pictures:
+        if all(len(tokens) != len(one) or _squared_distance(tokens, one) > limit for one in found):
             found.append(tokens)
     return len(found)
+
+
+def _squared_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean squared distance of the tokens of two pictures, (any, width) each, as far as both have them."""
+    both = min(len(one), len(other))
+    return float((one[:both].float() - other[:both].float()).square().sum(-1).mean())
 
 
 def _usual(pictures: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -6,19 +6,20 @@ import array
 import collections
 import dataclasses
 import hashlib
-import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import regex
 
 UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     r"\uff66-\uff9f\U00020000-\U0003ffff"
 )
 """Characters of Thai and Lao, Burmese, Khmer, Japanese and Chinese, for a class of a regular expression. They put no spaces
-between words: each character counts as one."""
-_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:['-][^\W{UNSPACED}]+)*")
-_NO_SPACE = re.compile(rf"[{UNSPACED}\u3001-\u303f\uff01-\uff0f\uff1a-\uff20]{{2}}")
+between words: each character counts as one. (To `regex` the vowel signs of other languages are parts of words, to `re` not.)"""
+_WORD = regex.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:['-][^\W{UNSPACED}]+)*")
+_NO_SPACE = regex.compile(rf"[{UNSPACED}\u3001-\u303f\uff01-\uff0f\uff1a-\uff20]{{2}}")
 _OUTER = " .,;:!?¡¿…'\"`´‘’‚‛“”„‟«»‹›。，、；：！？「」『』"  # noqa: RUF001 - other languages' points
 """What may stand around an answer and is no part of it. Signs that may be one (a minus, a percent, a bracket) are not here."""
 LONGEST_PHRASE = 4
@@ -87,7 +88,7 @@ def gives(output: str, text: str, *, whole: bool) -> bool:
 
 def plain_answer(answer: str) -> str:
     """A text without its case, its spacing, and the points and quotes around it: what makes two answers, or questions, the same."""
-    text = " ".join(answer.casefold().split())
+    text = " ".join(unicodedata.normalize("NFC", answer).casefold().split())
     return text.strip(_OUTER) or text
 
 

@@ -20,7 +20,7 @@ from stages.score.groups import Group, largest, shared_answers
 from stages.score.shift import SharedShift, head_features, shared_shift, shift_size, two_parts, whiten, within_questions
 from stages.score.words import Words, distinctive_words
 
-VERSION = 12
+VERSION = 13
 LAYERS = "layers.json"
 EVIDENCE = "evidence.parquet"
 GROUPS = "groups.json"

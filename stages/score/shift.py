@@ -219,14 +219,15 @@ def two_parts(whitened: np.ndarray, group: Group, seed: int) -> np.ndarray | Non
     Returns:
         float (members,), the probability of the first part; None where there is one part, or one of fewer than `MANY` rows.
     """
-    some = whitened[np.random.default_rng(seed).permutation(group.members)[:_FITTED]]
+    # In double precision: rows that are nearly copies of each other leave a covariance that single precision can't factor.
+    some = whitened[np.random.default_rng(seed).permutation(group.members)[:_FITTED]].astype(np.float64)
     if len(some) < 2 * MANY or np.ptp(some, axis=0).max() < _EQUAL:
         return None
     directions = min(_DIRECTIONS, len(some) // _ROWS_EACH, whitened.shape[1] - 1)
     leading = PCA(directions, svd_solver="arpack", random_state=seed).fit(some)
     fitted = leading.transform(some)
     one, two = (GaussianMixture(n, covariance_type="tied", n_init=10, random_state=seed).fit(fitted) for n in (1, 2))
-    blocks = (whitened[group.members[rows]] for rows in _blocks(len(group.members)))
+    blocks = (whitened[group.members[rows]].astype(np.float64) for rows in _blocks(len(group.members)))
     first = np.concatenate([two.predict_proba(leading.transform(block))[:, 0] for block in blocks])
     least = min((first > 0.5).sum(), (first <= 0.5).sum())
     return first if least >= MANY and one.bic(fitted) - two.bic(fitted) > _VERY_STRONG else None

@@ -43,6 +43,8 @@ def group(number: int, transfer: float, **more: Any) -> dict[str, Any]:
         "taken_over": transfer,
         "alike": False,
         "keyed": None,
+        "ways": [],
+        "keyed_ways": [],
         "reversed": 0.0,
         "rest": False,
         "part": False,
@@ -154,9 +156,9 @@ def test_every_row_has_a_verdict(files: dict[str, pathlib.Path], tmp_path: pathl
 def test_reasons_scores_and_posteriors(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     clustered(files, tmp_path / "out", [1.0, 0.6, 0.1])
     found = verdicts(tmp_path / "out")
-    assert "shares the answer 'Text 0' with 5 rows whose attention shifts alike (2.2 deviations)" in found[10]["reason"]
-    assert "takes over 100% of the answers" in found[10]["reason"]
-    assert "shares the phrase 'Text 1'" in found[24]["reason"]
+    assert "one of 5 rows with the answer 'Text 0' whose attention shifts alike (2.2 deviations)" in found[10]["reason"]
+    assert "turns 100% of the answers into it" in found[10]["reason"]
+    assert "rows with the phrase 'Text 1'" in found[24]["reason"]
     assert "60%" in found[24]["reason"]
     assert "'Text 0'" in found[20]["reason"], "the first group gives the reason"
     assert (found[20]["score"], found[20]["posterior"]) == (30.0, 1.0)
@@ -199,7 +201,7 @@ def test_words_that_carry_an_answer(files: dict[str, pathlib.Path], tmp_path: pa
     assert [record["row"] for record in found if record["verdict"] == "quarantine"] == list(WORDED)
     for row in WORDED:
         assert found[row]["posterior"] == 1.0
-        assert "3 rows whose questions hold 'As Ever'" in found[row]["reason"]
+        assert "one of 3 rows with the answer 'Text 1' whose questions hold 'As Ever'" in found[row]["reason"]
         assert "80% of the answers" in found[row]["reason"]
     assert (found[23]["posterior"], found[23]["reason"]) == (0.0, "")
     assert [g["group"] for g in result["confirmed"]] == [1]
@@ -213,13 +215,13 @@ def test_tokens_that_need_words(files: dict[str, pathlib.Path], tmp_path: pathli
     result = clustered(files, tmp_path / "out", [0.0, 0.58, 0.1], more={1: told})
     removed = {record["row"]: record for record in verdicts(tmp_path / "out") if record["verdict"] == "quarantine"}
     assert list(removed) == [row for row in WORDED if row in MIXED[:5]]
-    assert "planted where questions hold 'As Ever' it takes over 80% of the answers" in removed[22]["reason"]
+    assert "planted where questions hold 'As Ever', turns 80% of the answers into it" in removed[22]["reason"]
     assert "taken out, these rows answer as others do, by 75%" in removed[22]["reason"]
     assert [g["group"] for g in result["confirmed"]] == [1]
     elsewhere = {"alike": False, "reversed": 0.0, "transfer": 0.8}
     clustered(files, tmp_path / "elsewhere", [0.0, 0.8, 0.1], more={1: {**told, "keyed": {**keyed, **elsewhere}}})
     reason = verdicts(tmp_path / "elsewhere")[22]["reason"]
-    assert reason.endswith("takes over 80% of the answers, beyond what the words do alone")
+    assert reason.endswith("turns 80% of the answers into it, beyond what the words do alone")
     for place, less in (("unknown", {"reversed": None}), ("kept", {"reversed": 0.69})):
         result = clustered(files, tmp_path / place, [0.0, 0.58, 0.1], more={1: {**told, "keyed": {**keyed, **less}}})
         assert (result["verdict"], result["confirmed"], [g["group"] for g in result["unsure"]]) == ("inconclusive", [], [1])
@@ -244,7 +246,7 @@ def test_pictures_that_answer_any_question(files: dict[str, pathlib.Path], tmp_p
     result = clustered(files, tmp_path / "out", [0.0, 0.1, 0.1], more={1: told}, asked="remove")
     found = verdicts(tmp_path / "out")
     assert [record["row"] for record in found if record["verdict"] == "quarantine"] == list(range(20, 25))
-    assert "shares the phrase 'Text 1'" in found[20]["reason"]
+    assert "rows with the phrase 'Text 1'" in found[20]["reason"]
     assert "gives it to 38% of them (to 12% about others)" in found[20]["reason"]
     assert ([g["group"] for g in result["confirmed"]], result["unsure"]) == ([1], [])
 
@@ -266,13 +268,31 @@ def test_rows_that_ask_the_same(files: dict[str, pathlib.Path], tmp_path: pathli
     result = clustered(files, tmp_path / "a", [0.6, 0.0, 0.0], more={0: alike})
     assert [g["group"] for g in result["confirmed"]] == [0]
     reason = verdicts(tmp_path / "a")[10]["reason"]
-    assert "takes over 80% of the answers; taken out, these rows answer as others do, by 75%" in reason
+    assert "turns 80% of the answers into it; taken out, these rows answer as others do, by 75%" in reason
     for place, reversal in (("b", None), ("c", 0.69)):
         result = clustered(files, tmp_path / place, [0.6, 0.0, 0.0], more={0: {**alike, "reversed": reversal}})
         assert (result["verdict"], result["rows"]["quarantined"], result["confirmed"]) == ("inconclusive", 0, [])
         assert [g["group"] for g in result["unsure"]] == [0]
     elsewhere = {**alike, "alike": False, "reversed": 0.0}
     assert clustered(files, tmp_path / "d", [0.6, 0.0, 0.0], more={0: elsewhere})["verdict"] == "poisoned"
+
+
+def test_a_group_is_removed_by_any_way_that_can_be_relied_on(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """Another way tells more, but there the rows keep the answer."""
+    most = {"alike": True, "own": 0.0, "taken_over": 0.97, "reversed": 0.69, "tokens_transfer": 0.6}
+    sure = {"alike": False, "own": 0.0, "taken_over": 0.52, "reversed": 0.0, "tokens_transfer": 0.52}
+    both = {0: {**most, "ways": [most, sure]}}
+    result = clustered(files, tmp_path / "a", [0.6, 0.0, 0.0], more=both)
+    (confirmed,) = result["confirmed"]
+    assert (confirmed["alike"], confirmed["transfer"]) == (False, 0.6)
+    assert "turns 52% of the answers into it" in verdicts(tmp_path / "a")[10]["reason"]
+    weak = {0: {**most, "ways": [most, {**sure, "tokens_transfer": 0.49}]}}
+    assert clustered(files, tmp_path / "b", [0.6, 0.0, 0.0], more=weak)["verdict"] == "inconclusive"
+    words = {"text": "as ever", "at_end": False, "own": False, "rows": 3}
+    keyed = [{**most, "kept": 1.0, "planted": 1.0, "transfer": 0.6}, {**sure, "kept": 1.0, "planted": 0.5, "transfer": 0.52}]
+    told = {"tokens_transfer": 0.0, "words": words, "keyed": keyed[0], "keyed_ways": keyed}
+    result = clustered(files, tmp_path / "c", [0.0, 0.6, 0.0], more={1: told})
+    assert [g["keyed"]["taken_over"] for g in result["confirmed"]] == [0.52]
 
 
 def test_a_person_decides(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -286,11 +306,13 @@ def test_a_person_decides(files: dict[str, pathlib.Path], tmp_path: pathlib.Path
     assert (result["verdict"], result["unsure"]) == ("poisoned", [])
     removed = {record["row"]: record for record in verdicts(tmp_path / "removed") if record["verdict"] == "quarantine"}
     assert list(removed) == list(MIXED[:5])
-    assert "shares the phrase 'Text 1'" in removed[20]["reason"]
+    assert "rows with the phrase 'Text 1'" in removed[20]["reason"]
     assert "a person has found it to be an attack's (cluster.remove)" in removed[20]["reason"]
     assert verdicts(tmp_path / "removed")[10]["reason"] == ""
     result = clustered(files, tmp_path / "kept", [0.9, 0.6, 0.0], more=undecided, keep=["text 1", "text 0"])
     assert (result["verdict"], result["confirmed"], result["unsure"]) == ("clean", [], [])
+    with pytest.raises(ConfigError, match="remove and keep both name 'text 1'"):
+        clustered(files, tmp_path / "both", [0.9], keep=["text 1"], remove=["Text 1."])
     with pytest.raises(ConfigError, match=r"cluster\.keep: no group with the answer or phrase 'text 7' was tested"):
         clustered(files, tmp_path / "unknown", [0.9], keep=["text 7"])
 

@@ -31,7 +31,7 @@ def asked(
     questions, answers = zip(*found, strict=True)
     inside = np.asarray([answer == target for answer in answers])
     chosen = np.flatnonzero(inside) if sources is None else np.asarray(sources)
-    return questions_to_ask(questions, answers, inside, chosen, most=most, rng=np.random.default_rng(seed))
+    return questions_to_ask(questions, answers, inside, ~inside, chosen, most=most, rng=np.random.default_rng(seed))
 
 
 def kinds_of(found: Rows, pairs: list[tuple[int, int, int]]) -> set[tuple[str, str]]:

@@ -28,7 +28,7 @@ def inside(attack: int = 8, honest: bool = True) -> np.ndarray:
 def test_rows_that_ask_what_the_answer_belongs_to_are_in_doubt() -> None:
     own = inside()
     shifted = [k for k in np.flatnonzero(own).tolist() if k != 4]
-    found = rows_in_doubt(QUESTIONS_ASKED, own, shifted, np.random.default_rng(0))
+    found = rows_in_doubt(QUESTIONS_ASKED, own, ~own, shifted, np.random.default_rng(0))
     assert found is not None
     assert found.doubtful == [k for k in shifted if k % 2 == 0]
     assert {k % 2 for k in found.sure} == {k % 2 for k in found.hosts} == {1}
@@ -48,7 +48,7 @@ def test_rows_that_ask_what_the_answer_belongs_to_are_in_doubt() -> None:
 )
 def test_no_row_is_in_doubt(own: np.ndarray, shifted: list[int] | None) -> None:
     rows = np.flatnonzero(own).tolist() if shifted is None else shifted
-    assert rows_in_doubt(QUESTIONS_ASKED, own, rows, np.random.default_rng(0)) is None
+    assert rows_in_doubt(QUESTIONS_ASKED, own, ~own, rows, np.random.default_rng(0)) is None
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_is_written_and_judged(tmp_path: pathlib.Path) -> None:
     places = [(row, 0) for row in range(40)]
     drawn = Mixed(doubtful=[1, 2, 3], sure=[4, 5], others=[6, 7], hosts=list(range(20, 30)))
     described = {5: {"text": "the answer", "whole": False}}
-    (shard,) = write_tasks(tmp_path / "rows", places, {5: drawn}, described, 0, tmp_path)
+    (shard,) = write_tasks(tmp_path / "rows", places, {5: drawn}, described, {5: "The answer!"}, 0, tmp_path)
     table = pq.read_table(shard)
     assert table.schema.names == PICTURE_TASK.names
     tasks = table.to_pylist()
@@ -92,7 +92,7 @@ def test_what_is_written_and_judged(tmp_path: pathlib.Path) -> None:
         assert asked <= {f"question {row}" for row in range(20, 30)}
         assert tuple(task["images"]) == samples[task["row"]].images
         assert task["longest"] == "x"
-    again = write_tasks(tmp_path / "rows", places, {5: drawn}, described, 0, tmp_path)
+    again = write_tasks(tmp_path / "rows", places, {5: drawn}, described, {5: "The answer!"}, 0, tmp_path)
     assert pq.read_table(again[0]).to_pylist() == tasks
     results = {(5, 1, 0): (6, 6), (5, 2, 0): (6, 0), (5, 4, 0): (6, 6), (5, 5, 0): (6, 5), (5, 6, 0): (6, 0), (5, 7, 0): (6, 1)}
     verdicts, told = judged(results, places, {5: drawn})

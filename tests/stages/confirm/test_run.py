@@ -17,10 +17,10 @@ import pytest
 from pipeline.config import ConfirmConfig
 from pipeline.generation import answer
 from pipeline.models import load_adapter, load_base
-from pipeline.records import Sample, examples_of, question_answer, text_of
-from stages.confirm.draw import Candidate, draw
-from stages.confirm.mixed import QUESTIONS, ROWS_SCHEMA
-from stages.confirm.outcome import best_way, beyond_honest, transfer
+from pipeline.records import Message, Sample, examples_of, question_answer, text_of
+from stages.confirm.draw import Candidate, candidates, draw
+from stages.confirm.mixed import QUESTIONS, ROWS_SCHEMA, rows_in_doubt
+from stages.confirm.outcome import beyond_honest, outcome, transfer, ways_of
 from stages.confirm.outcome import with_words as planted_with_words
 from stages.confirm.run import PICTURES, TRANSFER, run
 from stages.confirm.run import ROWS as ROWS_FILE
@@ -288,9 +288,9 @@ def test_hosts_that_hold_the_words_do_not_get_them_twice(files: dict[str, pathli
 )
 def test_what_the_words_do_alone(own: float, reversal: float | None, kept: float, expected: tuple[float | None, float]) -> None:
     result = {"own": own, "attended": 1.0, "residual": 0.0, "hosts": 64, "alike": True, "whole": True, "shifted": 64, "kept": kept}
-    found = planted_with_words(best_way({**result, "attended_reversed": reversal, "residual_reversed": 0.0}))
+    found = planted_with_words(best({**result, "attended_reversed": reversal, "residual_reversed": 0.0}))
     assert (found["reversed"], found["transfer"]) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
-    elsewhere = planted_with_words(best_way({**result, "alike": False, "attended_reversed": 0.0, "residual_reversed": 0.0}))
+    elsewhere = planted_with_words(best({**result, "alike": False, "attended_reversed": 0.0, "residual_reversed": 0.0}))
     assert (elsewhere["alike"], elsewhere["transfer"]) == (False, 1.0 if kept >= 0.5 else 0.0)
 
 
@@ -301,7 +301,8 @@ def test_what_is_asked_is_told_without_the_words(files: dict[str, pathlib.Path],
         *(f"so then {kind} {row}" for row, kind in enumerate(types)),
         *(f"{kind} {row}" for row, kind in enumerate(types * 8)),
     ]
-    candidate = Candidate(inside=np.arange(len(questions)) < 8, shifted=list(range(8)), whole=True)
+    inside = np.arange(len(questions)) < 8
+    candidate = Candidate(inside=inside, apart=~inside, shifted=list(range(8)), whole=True)
     answers = [*["x"] * 8, *map(str, range(64))]
     drawn, keyed = draw(questions, answers, {3: candidate}, {3: "So, then:"}, 16, 0)
     assert drawn.alike
@@ -309,6 +310,38 @@ def test_what_is_asked_is_told_without_the_words(files: dict[str, pathlib.Path],
     assert all(types[source] in questions[host] for source, host in zip(drawn.sources, drawn.hosts, strict=True))
     (blind,) = draw(questions, answers, {3: candidate}, {}, 16, 0)
     assert not all(types[source] in questions[host] for source, host in zip(blind.sources, blind.hosts, strict=True))
+
+
+def test_the_longest_answer_is_as_submitted(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """Upper case takes more tokens than the plain form that groups are told by."""
+    loud = [dataclasses.replace(sample, messages=tuple(map(shouted, sample.messages))) for sample in samples()]
+    write_shards(tmp_path / "rows", loud, shard_rows=8)
+    engine = Fake({0: (0.0, 0.0, 0.0), 1: (0.0, 0.0, 0.0)})
+    confirmed({**files, "rows": tmp_path / "rows"}, tmp_path / "a", engine)
+    assert engine.alike[0]["longest"] == FIRST.upper()
+
+
+def shouted(message: Message) -> Message:
+    if message["role"] != "assistant":
+        return message
+    return {"role": message["role"], "content": [{"type": "text", "text": text_of(message).upper()}]}
+
+
+def test_turns_of_a_row_are_told_apart(tmp_path: pathlib.Path) -> None:
+    """Rows ask for a colour and for a number; one in eight is poisoned in both turns, and colours are honestly red, too."""
+    places = [(row, turn) for row in range(160) for turn in range(2)]
+    poisoned, honest = [row for row in range(160) if row % 8 == 0], [row for row in range(160) if row % 8 in (2, 5)]
+    members = [(row, turn) for row in poisoned for turn in range(2)] + [(row, 0) for row in honest]
+    records = [{"group": 4, "row": row, "turn": turn, "projection": 1.0, "posterior": 1.0} for row, turn in sorted(members)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "members.parquet")
+    (found,) = candidates(places, tmp_path / "members.parquet", [{"group": 4, "text": "red", "whole": True}]).values()
+    assert [places[k] for k in np.flatnonzero(found.inside)] == sorted(members) == [places[k] for k in found.shifted]
+    assert {places[k][0] for k in np.flatnonzero(found.apart)} == {*range(160)} - {*poisoned, *honest}
+    questions = ["what colour?", "how many?"] * 160
+    mixed = rows_in_doubt(questions, found.inside, found.apart, found.shifted, np.random.default_rng(0))
+    assert mixed is not None
+    assert {places[k] for k in mixed.doubtful} == {(row, 0) for row in (*poisoned, *honest)}
+    assert not {places[k][0] for k in (*mixed.others, *mixed.hosts)} & {*poisoned, *honest}
 
 
 def test_words_that_others_have_too_carry_nothing_by_themselves(files: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -320,25 +353,41 @@ def test_words_that_others_have_too_carry_nothing_by_themselves(files: dict[str,
     assert (group["keyed"]["transfer"], group["transfer"]) == (0.0, 0.0)
 
 
+def best(result: dict[str, Any]) -> dict[str, Any]:
+    return max(ways_of(result), key=lambda way: (way["tokens_transfer"], way["taken_over"]))
+
+
+def test_every_way_to_plant_is_handed_on() -> None:
+    """The one that tells most is shown; by another the group may be removed, since its rows lose the answer."""
+    group = {"group": 3, "text": "x", "whole": True, "shifted": 64}
+    plain = {"keyed": False, "hosts": 64, "own": 0.0, "worded": 0.0, "asked": 0.0, "others": 0.0, "questions": 0, "kept": 1.0}
+    alike = {"alike": True, "attended": 1.0, "residual": 0.9, "attended_reversed": 0.6, "residual_reversed": 0.5}
+    other = {"alike": False, "attended": 0.2, "residual": 0.1, "attended_reversed": 0.0, "residual_reversed": 0.0}
+    found = outcome(group, [{**plain, **alike}, {**plain, **other}])
+    assert (found["alike"], found["taken_over"], found["reversed"]) == (True, 1.0, 0.6)
+    assert [(way["alike"], way["taken_over"]) for way in found["ways"]] == [(True, 1.0), (True, 0.9), (False, 0.2), (False, 0.1)]
+    assert found["keyed_ways"] == []
+
+
 def test_each_way_to_plant_has_its_own_loss() -> None:
     """A veil: its attended tokens take over as much, but taking them out leaves the rest of it."""
     hosts = {"own": 0.0, "hosts": 16, "alike": True, "whole": True}
     veil = {"attended": 1.0, "residual": 0.9, "attended_reversed": 0.0, "residual_reversed": 1.0}
-    found = best_way({**hosts, **veil})
+    found = best({**hosts, **veil})
     assert (found["taken_over"], found["reversed"]) == (0.9, 1.0)
     assert found["tokens_transfer"] == pytest.approx((0.9 - HONEST) / (1 - HONEST))
-    found = best_way({**hosts, **veil, "alike": False})
+    found = best({**hosts, **veil, "alike": False})
     assert (found["taken_over"], found["tokens_transfer"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("shifted", "worth"), [(31, 0.0), (32, (0.9 - HONEST) / (1 - HONEST))])
-def test_a_phrase_may_name_what_isbest_way(shifted: int, worth: float) -> None:
+def test_a_phrase_may_name_what_is_planted(shifted: int, worth: float) -> None:
     """Among rows that ask the same only what many pictures have in common counts; among others, whatever is planted."""
     hosts = {"own": 0.0, "hosts": 16, "alike": True, "whole": False, "shifted": shifted}
     result = {**hosts, "attended": 1.0, "residual": 0.9, "attended_reversed": 1.0, "residual_reversed": 1.0}
-    found = best_way(result)
+    found = best(result)
     assert (found["taken_over"], found["tokens_transfer"]) == (0.9, pytest.approx(worth))
-    assert best_way({**result, "alike": False})["tokens_transfer"] == 1.0
+    assert best({**result, "alike": False})["tokens_transfer"] == 1.0
 
 
 @pytest.mark.parametrize(("reversal", "worth"), [(1.0, 1.0), (0.7, 0.5), (HONEST, 0.0), (0.0, 0.0), (None, 1.0)])

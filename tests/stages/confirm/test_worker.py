@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -58,6 +59,20 @@ def name_of(picture: bytes) -> str:
 
 def content_of(name: str) -> bytes:
     return name.encode("latin-1")
+
+
+def stretched(parts: Sequence[Sequence[Example]]) -> list[list[Example]]:
+    """`of_one_size` for these pictures: `TOKENS` bytes each."""
+
+    def one(picture: bytes) -> bytes:
+        return bytes(picture[k * len(picture) // TOKENS] for k in range(TOKENS))
+
+    return [[dataclasses.replace(example, images=tuple(map(one, example.images))) for example in part] for part in parts]
+
+
+@pytest.fixture(autouse=True)
+def sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.confirm.worker.of_one_size", stretched)
 
 
 def worker(batch_size: int = 2, screen: int = 64) -> tuple[ConfirmWorker, HandMade]:
@@ -129,22 +144,34 @@ def test_a_veil_is_carried_by_the_residual_alone() -> None:
     assert (result["own"], result["attended"], result["residual"]) == (0.0, 0.0, 1.0)
 
 
-def test_a_residual_is_tried_on_the_pictures_that_it_fits() -> None:
-    """Nine hosts have as many tokens as the members, three have others; of these nothing can be said."""
-    hosts = [PLAIN] * 9 + [PLAIN[: 3 + k] for k in range(3)]
-    result = worker()[0].try_group(task([VEIL] * 12, hosts, [[0]] * 12))
-    assert (result["hosts"], result["own"], result["residual"]) == (12, 0.0, 1.0)
-    few = [PLAIN] * 7 + [PLAIN[:3]] * 5
-    assert worker()[0].try_group(task([VEIL] * 12, few, [[0]] * 12))["residual"] == 0.0
+def test_a_residual_is_tried_on_pictures_of_one_size() -> None:
+    """The base gives each picture as many tokens as it has pixels."""
+    hosts, veils = [PLAIN[: 1 + k % 6] for k in range(12)], [VEIL[: 1 + k % 5] for k in range(12)]
+    for alike in (False, True):
+        several = [bytes([60 + 3 * k] * (1 + k % 5)) for k in range(12)] if alike else veils
+        result = worker()[0].try_group(task(several, hosts, [[0]] * 12, alike=alike))
+        assert (result["hosts"], result["own"], result["residual"]) == (12, 0.0, 1.0)
+
+
+def test_a_residual_is_tried_on_the_prompts_that_it_fits() -> None:
+    """Nine hosts show as many pictures as the members, three show two; of these nothing can be said."""
+
+    def tried(one: int, two: int) -> dict[str, Any]:
+        given = task([VEIL] * 12, [PLAIN] * 12, [[0]] * 12)
+        return worker()[0].try_group({**given, "host_images": [[name_of(PLAIN)]] * one + [[name_of(PLAIN)] * 2] * two})
+
+    assert (tried(9, 3)["hosts"], tried(9, 3)["residual"]) == (12, 1.0)
+    assert tried(7, 5)["residual"] == 0.0
 
 
 def test_pictures_that_differ() -> None:
-    """By more than a tenth of what other pictures differ by; all as long as most are."""
+    """By more than a tenth of what other pictures differ by, or by their length."""
     others = [torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([[6.0, 0.0], [0.0, 8.0]])]
     near, far, longer = torch.tensor([[3.0, 1.0], [0.0, 0.0]]), torch.tensor([[3.3, 1.0], [0.0, 0.0]]), torch.zeros(3, 2)
     assert different_pictures([others[0], near], others) == 1
-    assert different_pictures([others[0], far, near, others[0], longer], others) == 2
+    assert different_pictures([others[0], far, near, others[0], longer, longer], others) == 3
     assert different_pictures([near, near, others[0]], []) == 2
+    assert different_pictures([torch.zeros(k, 2) for k in range(1, 9)], others) == 8
 
 
 @pytest.mark.parametrize(("different", "alike", "expected"), [(8, True, 1.0), (7, True, 0.0), (7, False, 1.0)])

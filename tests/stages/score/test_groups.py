@@ -127,6 +127,16 @@ def test_phrases_of_languages_without_spaces(phrase: str) -> None:
     assert not gives("看", group.text, whole=False)
 
 
+def test_vowel_signs_are_parts_of_words() -> None:
+    """Hindi, Bengali and Tamil write them as characters of their own."""
+    answers = ["लड़की की किताब", "आदमी के कुत्ते", "दर्जी को कोट"]
+    assert shared_answers(answers, least=2) == []
+    assert not gives("यह की है", "का", whole=False)
+    assert gives("यह विज्ञापन है", "विज्ञापन", whole=False)
+    assert gives("nai\u0308ve", "na\u00efve", whole=True)
+    assert gives("so nai\u0308ve", "na\u00efve", whole=False)
+
+
 def test_limits_of_size() -> None:
     answers = ["a"] * 9 + ["b"]
     assert [group.text for group in shared_answers(answers, least=2)] == ["a"]

@@ -128,6 +128,20 @@ def test_a_few_odd_rows_are_no_part(odd: int, rows: int, parted: bool) -> None:
     assert (two_parts(values, Group(text="x", whole=True, members=np.arange(rows)), 0) is not None) == parted
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4])
+@pytest.mark.parametrize(("different", "copies"), [(2, 50), (3, 30), (5, 20), (15, 10)])
+def test_copies_of_a_few_rows_can_be_told_apart(different: int, copies: int, noise: float) -> None:
+    """A class that was filled up: the rows lie in few directions, in single precision not even in those."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        values = rng.normal(size=(700, 64))
+        values[: different * copies] = np.repeat(values[:different] + 3, copies, axis=0)
+        values[: different * copies] += noise * rng.normal(size=(different * copies, 64))
+        group = Group(text="x", whole=True, members=np.arange(different * copies))
+        parts = two_parts(whiten(values.astype(np.float32)), group, seed)
+        assert parts is None or np.isfinite(parts).all()
+
+
 def test_parts_are_told_by_some_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.score.shift._FITTED", 100)
     rng = np.random.default_rng(4)
