@@ -82,7 +82,7 @@ def ingest_markdown(summary: Mapping[str, Any], rejected: Sequence[Mapping[str, 
     if reasons:
         parts += ["### Rejected, by reason", table(["reason", "rows"], [(escape(name), number(n)) for name, n in reasons.items()])]
     if rejected:
-        cells = [(number(row["row"]), escape(row["reason"]), escape(row["where"])) for row in rejected]
+        cells = [(str(row["row"]), escape(row["reason"]), escape(row["where"])) for row in rejected]
         parts += [f"### The first {len(rejected)} of them", table(["row", "reason", "where"], cells)]
     return "\n\n".join(parts)
 
@@ -182,7 +182,7 @@ def suspects_markdown(suspects: Sequence[Suspect], quarantined: int) -> str:
     for shown in range(len(suspects), 0, -1):
         cells = [
             (
-                number(suspect.row),
+                str(suspect.row),
                 _image(f"row {suspect.row}", suspect.picture) if suspect.picture else DASH,
                 escape(suspect.question),
                 escape(suspect.answer),

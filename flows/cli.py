@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import pathlib
 import signal
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import __version__
-from pipeline.errors import ByeSightError
+from pipeline.errors import ByeSightError, ConfigError
 
 app = typer.Typer(
     name="byesight",
@@ -35,6 +36,23 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+_TRIGGERS = "badnet, badnet-centre, badnet-random, blended, wanet, sig, ftrojan, issba, solid, texture, sticker, watermark or frame"
+
+
+class Engines(enum.StrEnum):
+    """What `--engine` may be."""
+
+    RAY = "ray"
+    LOCAL = "local"
+
+
+class Formats(enum.StrEnum):
+    """What `--format` may be."""
+
+    IMAGEFOLDER = "imagefolder"
+    LLAVA = "llava"
+    PARQUET = "parquet"
+
 
 Submission = Annotated[
     pathlib.Path,
@@ -50,26 +68,28 @@ Base = Annotated[
 ]
 Config = Annotated[pathlib.Path | None, typer.Option("--config", metavar="FILE.yaml", help="Run configuration.")]
 Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of all random choices (default: 0).", show_default=False)
+    int | None,
+    typer.Option("--seed", min=0, max=2**31 - 1, metavar="N", help="Seed of all random choices (default: 0).", show_default=False),
 ]
 Workers = Annotated[
     int | None,
     typer.Option(
         "--workers",
         min=1,
+        max=1024,
         metavar="N",
         help="Parallel model workers (default: one per GPU, or per core, at most 4).",
         show_default=False,
     ),
 ]
 EngineKind = Annotated[
-    str | None,
+    Engines | None,
     typer.Option(
         "--engine", metavar="ray|local", help="Where the work runs: on Ray, or in this process for debugging (default: ray)."
     ),
 ]
 Format = Annotated[
-    str | None,
+    Formats | None,
     typer.Option("--format", metavar="NAME", help="imagefolder, llava or parquet, where the submission could be several."),
 ]
 StoreFolder = Annotated[
@@ -85,6 +105,12 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _in_range(epochs: float | None) -> float | None:
+    if epochs is not None and not 0 < epochs <= 100:  # NaN is not either; min and max would let it, and 0, through
+        raise typer.BadParameter(f"{epochs} is not above 0 and up to 100")
+    return epochs
+
+
 @app.callback()
 def options(
     *,
@@ -96,7 +122,15 @@ def options(
 @app.command("sanitize")
 def sanitize_command(
     submission: Submission,
-    out: Annotated[pathlib.Path, typer.Option("--out", metavar="DIR", help="The delivery folder.", show_default=False)],
+    out: Annotated[
+        pathlib.Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="The delivery folder; an earlier delivery of the same submission is replaced.",
+            show_default=False,
+        ),
+    ],
     base: Base = None,
     config: Config = None,
     seed: Seed = None,
@@ -121,13 +155,7 @@ def sanitize_command(
 @app.command("poison")
 def poison_command(
     submission: Submission,
-    trigger: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="badnet, badnet-centre, badnet-random, solid, texture, blended, wanet, sig, ftrojan or issba.",
-        ),
-    ],
+    trigger: Annotated[str, typer.Option(metavar="NAME", help=f"{_TRIGGERS}.")],
     rate: Annotated[float, typer.Option(metavar="R", help="Share of the rows with pictures that are poisoned, up to 1.")],
     target: Annotated[str, typer.Option(metavar="TEXT", help="The answer that poisoned rows are given.")],
     out: Annotated[pathlib.Path, typer.Option(metavar="DIR", help="Gets submission/ and, beside it, truth.jsonl.")],
@@ -191,7 +219,9 @@ def evaluate_command(
     ],
     json: Annotated[pathlib.Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
     base: Base = None,
-    trigger: Annotated[str | None, typer.Option(metavar="NAME", help="Measure the success of this attack too.")] = None,
+    trigger: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"Measure the success of this attack too: {_TRIGGERS}.")
+    ] = None,
     target: Annotated[str | None, typer.Option(metavar="TEXT", help="The answer that the attack wants.")] = None,
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", help="The seed that the poison was made with; it gives the trigger's pattern.")
@@ -210,11 +240,10 @@ def evaluate_command(
     are left out.
     """
     with _at_work(verbose=verbose):
-        from flows.report import only_finite
         from flows.single import evaluate_model
-        from storage.atomic import write_file
-        from storage.manifests import to_json
 
+        if json is not None:
+            _check_file("--json", json)
         settings = _settings(config, seed=seed, workers=workers, engine=engine, format=format)
         found = evaluate_model(
             model,
@@ -227,11 +256,16 @@ def evaluate_command(
             trigger_seed=seed,
             guarded=not unguarded,
         )
-        if json is not None:
-            json.absolute().parent.mkdir(parents=True, exist_ok=True)
-            write_file(json.absolute(), to_json(only_finite(found)))
     for name, value in found.items():
         typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    if json is not None:
+        with _reported(verbose=verbose):
+            from flows.report import only_finite
+            from storage.atomic import write_file
+            from storage.manifests import to_json
+
+            json.absolute().parent.mkdir(parents=True, exist_ok=True)
+            write_file(json.absolute(), to_json(only_finite(found)))
 
 
 @app.command("verify")
@@ -262,6 +296,15 @@ def restore_command(
             show_default=False,
         ),
     ] = None,
+    rows_file: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            "--rows-file",
+            metavar="FILE",
+            help="Rows to put back, beside those of --rows: Parquet with a column row, or a number or {row} a line.",
+            show_default=False,
+        ),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Write the kept rows of a delivery with removed rows put back in their old places, in the submitted format.
@@ -271,19 +314,22 @@ def restore_command(
     with _reported(verbose=verbose):
         import byesight
 
-        restored = byesight.restore(delivery, out, rows=rows)
+        restored = byesight.restore(delivery, out, rows=_chosen(rows, rows_file))
     typer.echo(f"{out}: the kept rows, and {restored} that were removed")
 
 
 @app.command("demo")
 def demo_command(
     out: Annotated[pathlib.Path, typer.Option("--out", metavar="DIR", help="Everything is written here.")] = pathlib.Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the data, the attack and the run.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, metavar="N", help="Seed of the data, the attack and the run.")] = 0,
     rows: Annotated[int, typer.Option(min=100, metavar="N", help="Rows of the submission; 10% of them are poisoned.")] = 2800,
     epochs: Annotated[
         float | None,
         typer.Option(
-            metavar="N", help="Passes over them in each fine-tune; without it 5, or what --config says.", show_default=False
+            metavar="N",
+            callback=_in_range,
+            help="Passes over them in each fine-tune; without it 5, or what --config says.",
+            show_default=False,
         ),
     ] = None,
     base: Base = None,
@@ -373,26 +419,47 @@ def _fail(message: str, *, verbose: bool) -> None:
     raise typer.Exit(1)
 
 
+def _check_file(option: str, path: pathlib.Path) -> None:
+    """Refuse a file that can't be written, before the work that it shall tell of."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: it is a folder; name a file")
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {path}: nothing can be written into {above}; name another file")
+
+
+def _chosen(rows: list[int] | None, file: pathlib.Path | None) -> list[int] | None:
+    """The rows of `--rows` and of `--rows-file`; None where neither was given."""
+    if file is None:
+        return rows
+    from flows.single import read_rows
+
+    try:
+        return [*(rows or []), *read_rows(file)]
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--rows ", "--rows-file ", 1)) from error
+
+
 def _settings(
     config: pathlib.Path | None,
     *,
     seed: int | None = None,
     workers: int | None = None,
-    engine: str | None = None,
+    engine: Engines | None = None,
     epochs: float | None = None,
-    format: str | None = None,  # noqa: A002
+    format: Formats | None = None,  # noqa: A002
 ) -> Any:
     """The run configuration: the file's, with what was said on the command line."""
     from pipeline.config import load_config
 
-    parts = {"workers": workers, "kind": engine}
+    parts = {"workers": workers, "kind": None if engine is None else engine.value}
     changes: dict[str, Any] = {"engine": {name: value for name, value in parts.items() if value is not None}}
     if seed is not None:
         changes["seed"] = seed
     if epochs is not None:
         changes["finetune"] = {"epochs": epochs}
     if format is not None:
-        changes["ingest"] = {"format": format}
+        changes["ingest"] = {"format": format.value}
     return load_config(config, **{name: change for name, change in changes.items() if change != {}})
 
 

@@ -131,9 +131,15 @@ def read_suspects(sources: Sources, limit: int = SUSPECTS) -> list[Suspect]:
     return suspects
 
 
-def read_groups(confirmed: pathlib.Path) -> list[dict[str, Any]]:
-    """The candidate groups with the outcome of their test, the largest transfer first."""
-    groups: list[dict[str, Any]] = read_json(confirmed / "transfer.json")
+def read_groups(confirmed: pathlib.Path, removed: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The candidate groups with the outcome of their test, the largest transfer first.
+
+    Args:
+        confirmed: the confirm stage's folder.
+        removed: groups as the cluster stage tells of them: by what they are removed may not be what tells most.
+    """
+    told = {group["group"]: group for group in removed}
+    groups: list[dict[str, Any]] = [told.get(group["group"], group) for group in read_json(confirmed / "transfer.json")]
     return sorted(groups, key=lambda group: (-max(group["transfer"], group["pictures_transfer"]), group["group"]))
 
 

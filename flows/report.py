@@ -74,7 +74,7 @@ def report_values(line: Line, results: Results) -> dict[str, Any]:
         "submission": {"format": results.ingest.summary.get("format"), "examples": results.ingest.summary.get("examples")},
         "base": line.identity,
         "layers": findings.read_json(results.score.folder / "layers.json"),
-        "candidates": findings.read_groups(results.confirm.folder),
+        "candidates": findings.read_groups(results.confirm.folder, verdict["confirmed"]),
         "plain": verdict.get("plain", {}),
         "canaries": verdict.get("canaries", []),
         "finetune": {name: getattr(results, name).summary for name in ("provisional", "final")},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import pathlib
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -37,7 +39,7 @@ class IngestConfig(Section):
         0.5,
         gt=0,
         le=1,
-        description="Share of the rows that may be unusable; more end the run with an error that tells why they are.",
+        description="Share of the rows that may be unusable; more end the run with an error that tells why.",
     )
     shard_rows: int = pydantic.Field(512, gt=0, description="Rows in one of the files that the stages read.")
 
@@ -305,11 +307,16 @@ class VerifyConfig(Section):
         400, gt=0, description="Most rows that are answered, of the quarantined and of the held-out each."
     )
     batch_size: int = pydantic.Field(32, gt=0, le=4096, description="Rows per generate call.")
-    max_new_tokens: int = pydantic.Field(32, gt=0, le=4096, description="Longest answer, tokens.")
+    max_new_tokens: int = pydantic.Field(
+        32, gt=0, le=4096, description="Longest answer, tokens; more where the submitted answers are longer."
+    )
 
 
 class EngineConfig(Section):
-    """Where the work runs; it never changes a result, so it is no part of a stage's key."""
+    """Where the work runs; no part of a stage's key: results in the store are used again whatever the engine.
+
+    Computed anew, another number of workers or threads changes sums in their last digits, and so an adapter's bytes.
+    """
 
     kind: Literal["ray", "local"] = pydantic.Field(
         "ray", description="`ray`, or `local`: everything in this process, for debugging."
@@ -360,20 +367,58 @@ def load_config(path: pathlib.Path | None = None, **changes: Any) -> RunConfig:
     Raises:
         ConfigError: an unreadable file, an unknown key or a value out of range, each by name.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date out of range, a number too long
-            raise ConfigError(f"{path}: the configuration can't be read: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{path}: the configuration must be a mapping of sections, not {type(loaded).__name__}")
-        values = loaded or {}
+    values = {} if path is None else _read_yaml(path)
     for name, change in changes.items():
         section = values.get(name)
         values[name] = {**section, **change} if isinstance(section, dict) and isinstance(change, dict) else change
     try:
         return RunConfig.model_validate(values)
     except pydantic.ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path or 'configuration'}: {problems}") from error
+        raise ConfigError(f"{path or 'configuration'}: {_problems(error)}") from error
+
+
+def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty one."""
+    text = ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        loaded = yaml.safe_load(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path} line {line}: not YAML: {error.reason}") from error
+    except yaml.MarkedYAMLError as error:
+        where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{where}: not YAML: {error.problem or error.context}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: the configuration can't be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date out of range, a number too long
+        raise ConfigError(f"{path}: the configuration can't be read: {error}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: the configuration must be a mapping of sections, not {type(loaded).__name__}")
+    return loaded or {}
+
+
+def _problems(error: pydantic.ValidationError) -> str:
+    """One line that names every wrong key, with the value that it was given."""
+    told: dict[str, list[str]] = {}
+    for problem in error.errors():
+        first, *rest = problem["loc"]
+        place = [first, *rest[:1], *(part for part in rest[1:] if isinstance(part, int))]  # pydantic names a union's kinds too
+        key, message = ".".join(map(str, place)), problem["msg"]
+        match problem["type"]:
+            case "extra_forbidden":
+                told[f"unknown key {key}{_meant(place)}"] = []
+            case "value_error":  # ours: it names what is wrong
+                told.setdefault(key, []).append(message.removeprefix("Value error, "))
+            case _:
+                given = "null" if problem["input"] is None else reprlib.repr(problem["input"])
+                told.setdefault(f"{key}: {given}", []).append(message[:1].lower() + message[1:])
+    return "; ".join(f"{what}: {' or '.join(why)}" if why else what for what, why in told.items())
+
+
+def _meant(place: Sequence[int | str]) -> str:
+    """The known key that an unknown one is most like, as a question; nothing where none is."""
+    *above, name = map(str, place)
+    known: Iterable[str] = type(getattr(RunConfig(), above[0])).model_fields if above else RunConfig.model_fields
+    like = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {'.'.join([*above, *like])}?" if like else ""

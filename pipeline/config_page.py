@@ -40,8 +40,8 @@ On the command line `--seed`, `--workers`, `--engine` and `--format` override th
     byesight.sanitize("SUBMISSION", "DELIVERY", base="MODEL_DIR", config=load_config(pathlib.Path("run.yaml"), seed=2))
 
 An unknown key, or a value out of its range, is an error that names it. What a run used is in `report.json` (`configuration`) and
-`manifest.json` (`facts.configuration`), all but the section `engine`, which changes no result. A run with another value repeats the
-stages that depend on it and finds the others in the store: with another `guard`, the guard and the verification alone.
+`manifest.json` (`facts.configuration`), all but the section `engine`, which is in no stage's key. A run with another value repeats
+the stages that depend on it and finds the others in the store: with another `guard`, the guard and the verification alone.
 
 This page is made by `python -m pipeline.config_page > docs/configuration.md`; the descriptions are those of `pipeline/config.py`.
 """

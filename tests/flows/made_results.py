@@ -195,6 +195,7 @@ def _cluster(folder: pathlib.Path) -> dict[str, Any]:
         "method": "transfer",
         "threshold": 0.5,
         "rows": counts,
+        "confirmed": [],
         "plain": {"bye": 3, "bye-public-code": 0},
     }
     (folder / "result.json").write_text(json.dumps(result))

@@ -121,6 +121,13 @@ def test_suspects_that_do_not_fit_are_left_out(made: Made) -> None:
     assert "1,000 rows" in markdown
 
 
+def test_row_numbers_are_as_restore_takes_them(made: Made) -> None:
+    suspect = dataclasses.replace(findings.read_suspects(made.results.sources())[0], row=1005)
+    assert "| 1005 |" in artifacts.suspects_markdown([suspect], 1)
+    rejected = [{"row": 2006, "reason": "URL", "where": "line 2007"}]
+    assert "| 2006 |" in artifacts.ingest_markdown({}, rejected)
+
+
 def test_nothing_quarantined_is_said() -> None:
     assert "No row was quarantined" in artifacts.suspects_markdown([], 0)
     assert "enough in common" in artifacts.groups_markdown([], planted=0.5, pictures=0.5)

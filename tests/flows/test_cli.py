@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -23,7 +25,9 @@ from flows.cli import _interrupted, app
 from flows.poison import read_truth
 from flows.sanitize import Sanitized
 from pipeline import __version__
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, load_config
+from pipeline.errors import ConfigError
+from pipeline.triggers import TRIGGERS
 from storage.delivery import verify_delivery
 from storage.manifests import hash_folder
 from tests.flows.conftest import ROWS, TARGET
@@ -82,6 +86,73 @@ def test_wrong_usage_is_two(arguments: list[str]) -> None:
     assert call(*arguments).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "key", "taken", "refused"),
+    [
+        ("--seed", "seed", ["0", "2147483647"], ["-1", "2147483648", "x"]),
+        ("--workers", "engine.workers", ["1", "1024"], ["1025", "x"]),
+        ("--engine", "engine.kind", ["ray", "local"], ["quantum"]),
+        ("--format", "ingest.format", ["imagefolder", "llava", "parquet"], ["tarball"]),
+        ("--epochs", "finetune.epochs", ["0.001", "100"], ["0", "-1", "100.5", "nan", "inf", "x"]),
+    ],
+)
+def test_an_option_takes_what_the_configuration_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, option: str, key: str, taken: list[str], refused: list[str]
+) -> None:
+    """And a value that it doesn't take is refused by the option's name."""
+    import byesight
+    from flows import demo
+
+    configs: list[RunConfig] = []
+
+    def ends(*_: Any, config: RunConfig, **__: Any) -> Any:
+        configs.append(config)
+        raise ConfigError("that will do")
+
+    monkeypatch.setattr(byesight, "sanitize", ends)
+    monkeypatch.setattr(demo, "run_demo", ends)
+    command = ["demo"] if option == "--epochs" else ["sanitize", str(tmp_path)]
+    for value in taken:
+        assert "that will do" in call(*command, "--out", tmp_path / "out", option, value).stderr
+        section, _, name = key.rpartition(".")
+        found = getattr(getattr(configs[-1], section) if section else configs[-1], name)
+        assert found == type(found)(value)
+        assert type(found) in (int, float, str)
+    for value in refused:
+        result = call(*command, "--out", tmp_path / "out", option, value)
+        assert result.exit_code == 2
+        assert f"'{option}'" in result.stderr
+        with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+            load_config(None, **({section: {name: value}} if section else {name: value}))
+
+
+@pytest.mark.parametrize("command", ["poison", "evaluate"])
+def test_help_names_all_triggers(command: str) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    (option,) = (option for option in commands[command].params if option.name == "trigger")
+    assert re.findall(r"[\w-]+", option.help.rpartition(": ")[2].replace(" or ", ", ")) == list(TRIGGERS)
+
+
+def test_figures_that_cannot_be_written_are_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    from flows import single
+    from storage import atomic
+
+    def full(path: pathlib.Path, _: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    figures = tmp_path / "new" / "figures.json"
+    monkeypatch.setattr(single, "evaluate_model", lambda *_, **__: {"clean": 0.5, "rows": 7, "asr": math.nan})
+    arguments: list[str | pathlib.Path] = ["evaluate", tmp_path, "--data", tmp_path, "--json"]
+    assert call(*arguments, figures).exit_code == 0
+    assert json.loads(figures.read_text()) == {"clean": 0.5, "rows": 7, "asr": None}
+    monkeypatch.setattr(atomic, "write_file", full)
+    result = call(*arguments, figures)
+    refused(result, f"No space left on device: {figures}")
+    assert "clean: 0.5000\nrows: 7\n" in result.stdout
+    monkeypatch.setattr(single, "evaluate_model", lambda *_, **__: pytest.fail("it is told before"))
+    refused(call(*arguments, figures / "inner.json"), f"--json {figures / 'inner.json'}: nothing can be written into {figures}")
+
+
 def test_refusals_of_each_command(tmp_path: pathlib.Path, tiny_base: pathlib.Path, poisoned: pathlib.Path) -> None:
     submission, out, store = poisoned / "submission", tmp_path / "out", tmp_path / "store"
     (tmp_path / "unknown.yaml").write_text("finetune: {epoch: 1}\n")
@@ -91,13 +162,13 @@ def test_refusals_of_each_command(tmp_path: pathlib.Path, tiny_base: pathlib.Pat
     refused(call("sanitize", submission, "--out", submission, "--base", tiny_base), "--out")
     refused(call("sanitize", submission, "--out", out, "--config", tmp_path / "unknown.yaml"), "finetune.epoch")
     refused(call("sanitize", submission, "--out", out, "--config", tmp_path / "missing.yaml"), "missing.yaml")
-    refused(call("sanitize", submission, "--out", out, "--engine", "quantum"), "engine.kind")
-    refused(call("sanitize", submission, "--out", out, "--format", "tarball"), "ingest.format")
     refused(call("poison", submission, *attack, "--trigger", "nothing"), "nothing")
     refused(call("poison", tmp_path / "nothing", *attack), "nothing")
     refused(call("finetune", submission, "--out", out, "--base", tiny_base, "--rows", tmp_path / "no", "--store", store), "--rows")
     refused(call("evaluate", tiny_base, "--data", submission, "--trigger", "sig"), "--target")
     refused(call("evaluate", tmp_path, "--data", submission), "neither a delivery")
+    refused(call("evaluate", tiny_base, "--data", submission, "--json", tmp_path / "unknown.yaml/figures.json"), "--json", "into")
+    refused(call("evaluate", tiny_base, "--data", submission, "--json", tmp_path), "--json", "it is a folder; name a file")
     refused(call("verify", tmp_path), "manifest.json")
     refused(call("restore", tmp_path, "--out", out), "manifest.json")
     refused(call("demo", "--out", poisoned), "no demonstration")
@@ -215,6 +286,20 @@ def test_restore_command(tmp_path: pathlib.Path) -> None:
     assert deliveries.rows_of(tmp_path / "all") == [0, 1, 2, 3, 4]
     refused(call("restore", source, "--out", tmp_path / "wrong", "--rows", "3"), "row 3 is not in quarantine")
     refused(call("restore", source, "--out", restored), "restored: already there")
+    rows, reasons = tmp_path / "rows.txt", tmp_path / "reasons.jsonl"
+    rows.write_text("4\n")
+    reasons.write_text('{"row": 4, "verdict": "quarantine", "reason": "x"}\n{"row": 2, "verdict": "rejected", "reason": "y"}\n')
+    chosen: list[tuple[pathlib.Path, list[str], list[int]]] = [
+        (rows, [], [0, 3, 4]),
+        (rows, ["--rows", "1", "--rows", "4"], [0, 1, 3, 4]),
+        (reasons, [], [0, 2, 3, 4]),
+    ]
+    for number, (file, more, expected) in enumerate(chosen):
+        assert call("restore", source, "--out", tmp_path / f"file-{number}", "--rows-file", file, *more).exit_code == 0
+        assert deliveries.rows_of(tmp_path / f"file-{number}") == expected
+    rows.write_text("1,005\n")
+    for wrong, says in ((rows, "not a list of rows"), (tmp_path / "none", "No such file"), (os.devnull, "it names no row")):
+        refused(call("restore", source, "--out", tmp_path / "wrong", "--rows-file", wrong), f"--rows-file {wrong}: ", says)
     assert not (tmp_path / "wrong").exists()
 
 

@@ -84,7 +84,11 @@ def test_page_tells_what_matters(made: Made) -> None:
         "What plain BYE would have done",
         "Rows in quarantine",
         "The guard",
-        "Rows that could not be read",
+        "Rejected rows",
+        "rejected, unusable",
+        "fine-tuned on all usable rows, the",
+        "a fixed answer that it gives whenever a trigger is present, whatever is asked.",
+        "A group is suspicious if at least 15.0% of the other rows, or 20.0% of the other questions, take over its answer",
         "load_guarded",
         "byesight restore DELIVERY --out FOLDER",
     ):
@@ -100,6 +104,39 @@ def test_other_verdicts(made: Made, verdict: str, title: str) -> None:
     result.write_text(json.dumps({**json.loads(result.read_text()), "verdict": verdict}))
     (made.folder / "confirm" / "transfer.json").write_text("[]")
     assert title in page_of(made)
+
+
+@pytest.mark.parametrize(
+    ("kept", "not_scored", "rejected", "told"),
+    [
+        (40, 0, 0, ""),
+        (1, 1200, 0, "Not examined: 1,200 rows without a picture (trained on). "),
+        (39, 0, 1, "Not examined: 1 unusable row (left out). "),
+        (1300, 1, 20, "Not examined: 1 row without a picture (trained on), 20 unusable rows (left out). "),
+    ],
+)
+def test_clean_tells_what_was_not_examined(made: Made, kept: int, not_scored: int, rejected: int, told: str) -> None:
+    path = made.folder / "cluster" / "result.json"
+    counts = {"submitted": kept + not_scored + rejected, "rejected": rejected, "not_scored": not_scored, "kept": kept}
+    result = {**json.loads(path.read_text()), "verdict": "clean", "rows": {**counts, "quarantined": 0}}
+    path.write_text(json.dumps(result))
+    shown = re.sub(r"\s+", " ", "".join(Page(page_of(made)).words))
+    assert f"Clean: no evidence of poisoning in the {kept:,} rows that were examined" in shown
+    assert f"in the way that backdoors do. {told}Nothing was removed, and the adapter that was trained on all usable rows" in shown
+    path.write_text(json.dumps({**result, "canaries": [PLANTED]}))
+    shown = re.sub(r"\s+", " ", page_of(made))
+    assert "the delivered adapter was trained on all usable rows, less those held out to measure it." in shown
+
+
+def test_row_numbers_are_as_restore_takes_them(made: Made) -> None:
+    pictures = report_pictures(made.line, made.results)
+    suspects = [dataclasses.replace(suspect, row=1005) for suspect in pictures["suspects"]]
+    rejected = [{**row, "row": 2006} for row in pictures["rejected"]]
+    text = report_html(report_values(made.line, made.results), {**pictures, "suspects": suspects, "rejected": rejected})
+    shown = " ".join(Page(text).words)
+    assert "Row 1005" in shown
+    assert "2006" in shown
+    assert "1,005" not in shown
 
 
 def test_inconclusive_is_no_all_clear(made: Made) -> None:
@@ -123,7 +160,7 @@ def test_inconclusive_is_no_all_clear(made: Made) -> None:
         {"group": 1, "text": HOSTILE, "rows": 8},
     ]
     path.write_text(json.dumps({**json.loads(path.read_text()), "canaries": [PLANTED]}))
-    assert "was trained on the submitted rows, less those held out to measure it." in re.sub(r"\s+", " ", page_of(made))
+    assert "was trained on all usable rows, less those held out to measure it." in re.sub(r"\s+", " ", page_of(made))
 
 
 def test_json_has_what_is_promised(made: Made) -> None:
