@@ -11,6 +11,9 @@ import torch
 from pipeline.prompts import encode_prompts
 from pipeline.records import Example
 
+LONGEST = 256
+"""Tokens of an answer that are waited for, at most; what is longer counts as given as far as it goes."""
+
 
 class RandomState:
     """The random numbers that sampling on a device goes on with, as they stand when this is made."""
@@ -49,6 +52,11 @@ def answer(model: Any, processor: Any, examples: Sequence[Example], *, max_new_t
     if not examples:
         return []
     return complete(model, processor, encode_on(model, processor, examples), max_new_tokens=max_new_tokens)
+
+
+def tokens_to_wait_for(longest: int, usual: int) -> int:
+    """How many tokens to generate, at least `usual`: an answer of `longest` tokens is not cut, up to `LONGEST` of them."""
+    return max(usual, min(LONGEST, longest + 1))
 
 
 def encode_on(model: Any, processor: Any, examples: Sequence[Example]) -> dict[str, torch.Tensor]:

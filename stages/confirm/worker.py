@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.generation import answer
+from pipeline.generation import LONGEST, answer, tokens_to_wait_for
 from pipeline.models import Dtype, load_adapter, load_base
 from pipeline.planting import planted
 from pipeline.prompts import token_count
@@ -109,8 +109,6 @@ _LEAST_PICTURES = 8
 """Fewest different pictures that must be planted from where the hosts ask the same: what two of them show may answer for all."""
 _SAME = 0.1
 """Share of the usual squared distance between pictures' tokens up to which two pictures are the same but for noise."""
-_LONGEST = 256
-"""Tokens of an answer that are waited for; what is longer is held for given as far as it goes."""
 
 
 Shown = tuple[list[Example], list[torch.Tensor]]
@@ -213,7 +211,7 @@ class ConfirmWorker:
 
     def _given(self, outputs: Sequence[str], task: dict[str, Any]) -> list[bool]:
         """Which outputs are the group's answer."""
-        cut = self.transplant.length(task["longest"]) >= _LONGEST
+        cut = self.transplant.length(task["longest"]) >= LONGEST
         return [given_as_far(output, task["text"], whole=task["whole"], cut=cut) for output in outputs]
 
     def _try(self, task: dict[str, Any], most: int) -> dict[str, int]:
@@ -296,17 +294,10 @@ class PictureWorker:
         outputs = iter(answer(self.model, self.processor, asked, max_new_tokens=limit))
         results = []
         for task, length in zip(tasks, lengths, strict=True):
-            found = [
-                given_as_far(next(outputs), task["text"], whole=task["whole"], cut=length >= _LONGEST) for _ in task["prompts"]
-            ]
+            found = [given_as_far(next(outputs), task["text"], whole=task["whole"], cut=length >= LONGEST) for _ in task["prompts"]]
             place = {name: task[name] for name in ("group", "row", "turn")}
             results.append({**place, "asked": len(found), "hits": sum(found)})
         return pa.Table.from_pylist(results, schema=PICTURE_RESULT)
-
-
-def tokens_to_wait_for(longest: int, usual: int) -> int:
-    """Longest answer to generate, tokens: an answer that is to be recognised must not be cut, however long it is, up to a limit."""
-    return max(usual, min(_LONGEST, longest + 1))
 
 
 def given_as_far(output: str, text: str, *, whole: bool, cut: bool) -> bool:

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from pipeline.config import VerifyConfig
 from pipeline.engine import Engine
+from pipeline.generation import tokens_to_wait_for
 from pipeline.models import Dtype, load_processor
 from pipeline.prompts import token_count
 from pipeline.records import Progress, Verdict, examples_of, no_progress, sample_from_record
-from stages.confirm.worker import tokens_to_wait_for
 from stages.verify.measure import share
 from stages.verify.worker import ANSWERS, verify_worker
 from storage.subset import copy_rows, pictured_rows
