@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from flows.progress import progress_of, tell
 from pipeline.config import RunConfig
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, ModelError, SubmissionError
 from pipeline.models import base_identity, check_model_folder
 from pipeline.prompts import control_tokens
 from stages.cluster.run import HELD_OUT, KEEP, TRAIN, VERDICTS
@@ -107,6 +107,21 @@ def ingest(line: Line) -> StageResult:
         {"ingest": line.config.ingest.model_dump(exclude=NO_MATTER), "special_tokens": tokens},
         work,
     )
+
+
+def check_enough(ingested: StageResult) -> None:
+    """Refuse a submission of which no delivery can come, before two fine-tunes: the guard needs rows with pictures.
+
+    Raises:
+        SubmissionError: too few of the rows that can be used have one.
+    """
+    from stages.guard.calibrate import LEAST_ROWS
+
+    pictured = ingested.summary["accepted"] - ingested.summary["text_only"]
+    if pictured < LEAST_ROWS:
+        raise SubmissionError(
+            f"{pictured} rows with pictures can be used; the guard takes its reference from {LEAST_ROWS} at least"
+        )
 
 
 def canaries(line: Line, ingested: StageResult) -> StageResult:

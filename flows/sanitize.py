@@ -124,6 +124,7 @@ def sanitize(
         run = open_line(submission, base or EMBEDDED_BASE, config, store or STORE, engine)
         ingested = ingest(run)
         check_place(out, submission, _submission_digest(ingested))
+        line.check_enough(ingested)
         looked_at = plant_canaries(run, ingested) if config.canary.share else ingested
         provisional = finetune_provisional(run, looked_at)
         extracted = extract(run, looked_at, provisional)

@@ -20,7 +20,7 @@ from flows.line import NO_MATTER, STAGES, Line, open_line, special_tokens
 from flows.progress import listening
 from pipeline.config import CanaryConfig, RunConfig, Section
 from pipeline.engine import Engine
-from pipeline.errors import ConfigError, ModelError, StageError
+from pipeline.errors import ConfigError, ModelError, StageError, SubmissionError
 from stages.cluster.run import TRAIN
 from storage.formats import digest_submission
 from storage.store import StageResult
@@ -139,6 +139,21 @@ def test_the_provisional_adapter_is_the_final_one_where_nothing_was_removed(
         assert final.digest == stages.finetune(line, "final", ingested, clustered).digest != provisional.digest
     else:
         assert (final.folder, final.digest, final.seconds) == (provisional.folder, provisional.digest, 0.0)
+
+
+@pytest.mark.parametrize(("accepted", "text_only"), [(50, 0), (60, 10), (49, 0), (200, 151)])
+def test_too_few_rows_with_pictures_are_told_before_the_first_fine_tune(
+    accepted: int, text_only: int, opened: Callable[..., Line]
+) -> None:
+    found = stages.ingest(opened())
+    ingested = dataclasses.replace(found, summary={**found.summary, "accepted": accepted, "text_only": text_only})
+    if accepted - text_only >= 50:
+        stages.check_enough(ingested)
+    else:
+        with pytest.raises(
+            SubmissionError, match="49 rows with pictures can be used; the guard takes its reference from 50 at least"
+        ):
+            stages.check_enough(ingested)
 
 
 def test_canaries_are_for_the_provisional_model_alone(opened: Callable[..., Line], made_up: Stages) -> None:
