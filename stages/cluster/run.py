@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import ClusterConfig
-from pipeline.errors import ConfigError, RemovalCapError
+from pipeline.errors import RemovalCapError
 from pipeline.records import Progress, Verdict, no_progress
-from stages.score.groups import plain_answer
+from stages.cluster.decide import (
+    answer_of,
+    check_decided,
+    honest_parts,
+    is_named,
+    is_removed,
+    is_unsure,
+    removed_as_asked,
+    removed_as_keyed,
+    removed_as_planted,
+    removed_as_worded,
+    told_surely,
+)
 from storage.subset import canonical_shards
 
 VERSION = 15
@@ -24,15 +36,6 @@ RESULT = "result.json"
 KEEP = "keep.parquet"
 TRAIN = "train.parquet"
 HELD_OUT = "held_out.parquet"
-_UNSURE = 0.7
-"""Share of a threshold of the transfer from which a group makes the verdict of a run without removals inconclusive."""
-_REVERSED = 0.7
-"""Least reversal among rows that ask the same by which a group is removed: where fewer rows lose the answer, many may be honest."""
-_REST = 0.5
-"""Least transfer by which what is left of a group, or a part of one, is removed: most of its rows are the attack's then."""
-_PURE = 0.9
-"""Least share of the rows that ask the same which a part takes over: it is an attack's alone or honest, and what honest rows that
-look alike have in common takes over some, too."""
 VERDICT_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -113,9 +116,9 @@ def run(
         RemovalCapError: more than the configured share of the rows would be removed.
     """
     found = _plain(evidence)
-    groups = [_told_surely(group, config) for group in json.loads(transfer.read_text(encoding="utf-8"))]
-    _check_decided(groups, config)
-    honest = _honest_parts(groups, config)
+    groups = [told_surely(group, config) for group in json.loads(transfer.read_text(encoding="utf-8"))]
+    check_decided(groups, config)
+    honest = honest_parts(groups, config)
     staying = _shared(found, members, groups, asked, honest, config)
     if config.method == "bye":
         _by_bye(found)
@@ -133,9 +136,9 @@ def run(
     _write_lists(table["row"].to_numpy(), verdicts, held_out_share, seed, out)
     pq.write_table(table, out / VERDICTS, compression="zstd")
     tried = groups if config.method == "transfer" else []
-    confirmed = [group for group in tried if _removed(group, config)]
-    undecided = [group for group in tried if group["group"] in staying and _answer(group) not in honest.values()]
-    unsure = [group for group in undecided if group not in confirmed and _unsure(group, config)]
+    confirmed = [group for group in tried if is_removed(group, config)]
+    undecided = [group for group in tried if group["group"] in staying and answer_of(group) not in honest.values()]
+    unsure = [group for group in undecided if group not in confirmed and is_unsure(group, config)]
     threshold = next((_number(row.bye_threshold) for row in found.values()), None)
     result = {
         "verdict": "poisoned" if removed else "inconclusive" if confirmed or unsure or not found else "clean",
@@ -185,13 +188,13 @@ def _shared(
 ) -> set[int]:
     """Add the evidence of the groups: score is a row's projection on its group's shift, posterior holds for confirmed groups.
 
-    `honest` are the parts of answers whose rows stay (`_honest_parts`).
+    `honest` are the parts of answers whose rows stay (`honest_parts`).
 
     Returns:
         The groups of which a shifted row stays.
     """
-    by_number = {group["group"]: group for group in groups if not _named(group, config.keep)}
-    decided = {number for number, group in by_number.items() if _named(group, config.remove)}
+    by_number = {group["group"]: group for group in groups if not is_named(group, config.keep)}
+    decided = {number for number, group in by_number.items() if is_named(group, config.remove)}
     looked_at = {(one["group"], one["row"], one["turn"]): one for one in pq.read_table(asked).to_pylist()}
     records = pq.read_table(members).to_pylist()
     spared = {(honest[one["group"]], one["row"], one["turn"]) for one in records if one["group"] in honest}
@@ -213,29 +216,29 @@ def _shared(
                 posterior,
                 f"{alike}; a person has found it to be an attack's (cluster.remove){also}",
             )
-        if group["alike"] and (_answer(group), record["row"], record["turn"]) in spared:
+        if group["alike"] and (answer_of(group), record["row"], record["turn"]) in spared:
             continue
-        if _removed_as_planted(group, config):
+        if removed_as_planted(group, config):
             row.suspect(
                 posterior,
                 f"{alike}; what they attend to, planted into other pictures, turns {group['taken_over']:.0%} of the answers into it"
                 f"{_undone(group)}{also}",
             )
-        if _removed_as_asked(group, config):
+        if removed_as_asked(group, config):
             row.suspect(
                 posterior,
                 f"one of {group['shifted']} rows with the {what} {group['text']!a}; asked questions of another kind about their "
                 f"pictures, the provisional model gives it to {group['asked']:.0%} of them (to {group['others']:.0%} about others)"
                 f"{also}",
             )
-        if record["worded"] and _removed_as_keyed(group, config):
+        if record["worded"] and removed_as_keyed(group, config):
             row.suspect(
                 posterior,
                 f"{alike}; what they attend to, planted where questions hold {group['words']['text']!a}, turns "
                 f"{group['keyed']['taken_over']:.0%} of the answers into it, beyond what the words do alone"
                 f"{_undone(group['keyed'])}{also}",
             )
-        if record["worded"] and _removed_as_worded(group, config):
+        if record["worded"] and removed_as_worded(group, config):
             row.suspect(
                 1.0,
                 f"one of {group['words']['rows']} rows with the answer {group['text']!a} whose questions hold "
@@ -243,21 +246,6 @@ def _shared(
                 "of the answers into it",
             )
     return {record["group"] for record in records if record["posterior"] > 0.5 and not found[record["row"]].suspicious}
-
-
-def _honest_parts(groups: Sequence[dict[str, Any]], config: ClusterConfig) -> dict[int, str]:
-    """By number the answers of parts that do nothing, where the other part of the answer's rows is removed.
-
-    Their rows stay where only rows that ask the same tell of the whole; else each picture is asked (`stages.confirm.mixed`).
-    """
-    parts = [group for group in groups if group["part"]]
-    removed = {_answer(group) for group in parts if _removed(group, config)}
-    return {group["group"]: group["text"] for group in parts if _answer(group) in removed and _nearness(group, config) < _UNSURE}
-
-
-def _answer(group: dict[str, Any]) -> str | None:
-    """What all rows of a group answer; None where it is a phrase that they share."""
-    return group["text"] if group["whole"] else None
 
 
 def _undone(way: dict[str, Any]) -> str:
@@ -288,84 +276,6 @@ def _take_canaries(
             }
         )
     return kinds
-
-
-def _check_decided(groups: Sequence[dict[str, Any]], config: ClusterConfig) -> None:
-    known = {plain_answer(group["text"]) for group in groups}
-    both = set(map(plain_answer, config.remove)) & set(map(plain_answer, config.keep))
-    if both:
-        raise ConfigError(f"cluster: remove and keep both name {min(both)!r}")
-    for name in ("remove", "keep"):
-        for text in getattr(config, name):
-            if plain_answer(text) not in known:
-                raise ConfigError(
-                    f"cluster.{name}: no group with the answer or phrase {text!r} was tested; the report names those that were"
-                )
-
-
-def _named(group: dict[str, Any], texts: Sequence[str]) -> bool:
-    """Whether a person's list names a group."""
-    return plain_answer(group["text"]) in map(plain_answer, texts)
-
-
-def _removed(group: dict[str, Any], config: ClusterConfig) -> bool:
-    """Whether a person says so, or else a test."""
-    if _named(group, config.keep):
-        return False
-    tests = (_removed_as_planted, _removed_as_keyed, _removed_as_worded, _removed_as_asked)
-    return _named(group, config.remove) or any(test(group, config) for test in tests)
-
-
-def _unsure(group: dict[str, Any], config: ClusterConfig) -> bool:
-    """Whether a group comes near a threshold, and no person has decided on it."""
-    return _nearness(group, config) >= _UNSURE and not _named(group, config.keep)
-
-
-def _told_surely(group: dict[str, Any], config: ClusterConfig) -> dict[str, Any]:
-    """A group with the way of planting by which it is removed in the place of the one that tells most, where that is another."""
-    for way in sorted(group["ways"], key=lambda way: -float(way["tokens_transfer"])):
-        if _removed_as_planted({**group, **way}, config):
-            group = {**group, **way}
-            break
-    for way in sorted(group["keyed_ways"], key=lambda way: -float(way["transfer"])):
-        if _removed_as_keyed({**group, "keyed": way}, config):
-            return {**group, "keyed": way}
-    return group
-
-
-def _removed_as_planted(group: dict[str, Any], config: ClusterConfig) -> bool:
-    """Not where all other rows ask the same and answer the same: an object that is asked for looks like a trigger there.
-
-    Nor where too few of its rows lose the answer, so that honest ones may have it too. What is left of a group needs more: a second
-    trigger's rows may be mixed with honest ones in it. So does a part of one: its rows look alike, whyever that is.
-    """
-    limit = max(_REST, config.transfer) if group["rest"] or group["part"] else config.transfer
-    pure = not (group["part"] and group["alike"]) or group["taken_over"] >= _PURE
-    return bool(group["tokens_transfer"] >= limit and _told(group) and pure)
-
-
-def _removed_as_keyed(group: dict[str, Any], config: ClusterConfig) -> bool:
-    keyed = group["keyed"]
-    return bool(keyed is not None and _told(keyed) and keyed["transfer"] >= config.transfer)
-
-
-def _told(way: dict[str, Any]) -> bool:
-    """Whether the rows lose the answer without what was planted, where that was asked for."""
-    return not way["alike"] or (way["reversed"] is not None and way["reversed"] >= _REVERSED)
-
-
-def _removed_as_worded(group: dict[str, Any], config: ClusterConfig) -> bool:
-    return bool(group["words_transfer"] >= config.transfer)
-
-
-def _removed_as_asked(group: dict[str, Any], config: ClusterConfig) -> bool:
-    return config.asked == "remove" and bool(group["pictures_transfer"] >= config.pictures)
-
-
-def _nearness(group: dict[str, Any], config: ClusterConfig) -> float:
-    """How near a group comes to its nearest threshold; 1 and more where it reaches it."""
-    limit = max(_REST, config.transfer) if group["part"] and group["alike"] else config.transfer
-    return float(max(group["transfer"] / limit, group["pictures_transfer"] / config.pictures))
 
 
 def _by_bye(found: dict[int, RowEvidence]) -> None:

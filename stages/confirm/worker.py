@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import json
 import math
 import pathlib
@@ -16,10 +15,10 @@ import torch
 
 from pipeline.generation import LONGEST, answer, tokens_to_wait_for
 from pipeline.models import Dtype, load_adapter, load_base
-from pipeline.planting import planted
 from pipeline.prompts import token_count
 from pipeline.records import Example
 from stages.confirm.sizes import of_one_size
+from stages.confirm.tokens import add_residual, different_pictures, of_length, plant, usual_tokens
 from stages.confirm.transplant import TokenTransplant
 from stages.score.groups import gives, plain_answer
 
@@ -107,8 +106,6 @@ _LEAST_FIT = 8
 """Fewest hosts that a residual must fit."""
 _LEAST_PICTURES = 8
 """Fewest different pictures that must be planted from where the hosts ask the same: what two of them show may answer for all."""
-_SAME = 0.1
-"""Share of the usual squared distance between pictures' tokens up to which two pictures are the same but for noise."""
 
 
 Shown = tuple[list[Example], list[torch.Tensor]]
@@ -178,10 +175,10 @@ class ConfirmWorker:
             shown, tokens = sources, given
             if way == "residual":
                 (shown, tokens), (_, others) = self._of_one_size((sources, given), (hosts, taken))
-                without, fit = add_residual(tokens, others), len(_usual(others))
+                without, fit = add_residual(tokens, others), len(usual_tokens(others))
             else:
-                usual, positions = _usual(taken), task["source_positions"]
-                without, fit = [plant(one, _stretched(usual, len(one)), p) for one, p in zip(given, positions, strict=True)], None
+                usual, positions = usual_tokens(taken), task["source_positions"]
+                without, fit = [plant(one, of_length(usual, len(one)), p) for one, p in zip(given, positions, strict=True)], None
             give = own if shown is sources else self._that_give(shown, tokens, task)
             tried = [k for k in give if fit is None or len(tokens[k]) == fit]
             lost = self._others(self._answers([shown[k] for k in tried], [without[k] for k in tried], task), task)
@@ -221,7 +218,7 @@ class ConfirmWorker:
         given, taken = self._tokens(sources), self._tokens(hosts)
         attended = [plant(host, source, p) for host, source, p in zip(taken, given, task["source_positions"][:most], strict=True)]
         (_, level_given), (level_hosts, level_taken) = self._of_one_size((sources, given), (hosts, taken))
-        residual, usual = add_residual(level_taken, level_given), len(_usual(level_given))
+        residual, usual = add_residual(level_taken, level_given), len(usual_tokens(level_given))
         tells = not task["alike"] or different_pictures(level_given, level_taken) >= min(_LEAST_PICTURES, most)
         fit = [k for k, tokens in enumerate(level_taken) if tells and len(tokens) == usual]
         worded = _examples(task["worded_prompts"][:most], [host.images for host in hosts]) if task["worded_prompts"] else []
@@ -304,60 +301,6 @@ def given_as_far(output: str, text: str, *, whole: bool, cut: bool) -> bool:
     """Whether an output is a group's answer or holds its phrase; where answers are cut, whether it is the answer's beginning."""
     begun = whole and cut and bool(output) and text.startswith(plain_answer(output))
     return begun or gives(output, text, whole=whole)
-
-
-def plant(host: torch.Tensor, source: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-    """The host's tokens (image tokens, width) with the source's at `positions` planted; what is not there counts nothing."""
-    chosen = torch.zeros(len(source), dtype=torch.bool, device=source.device)
-    chosen[[p for p in positions if 0 <= p < len(source)]] = True
-    return planted(host, source, chosen)
-
-
-def add_residual(hosts: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The hosts' tokens plus what the sources have on average more than they.
-
-    Only pictures of the number of tokens that is most common among the sources count; hosts of another number stay as they are.
-    """
-    usual = _usual(sources)
-    taken = [tokens for tokens in hosts if len(tokens) == len(usual)]
-    if not taken:
-        return list(hosts)
-    residual = usual - torch.stack(taken).mean(0)
-    return [tokens + residual if len(tokens) == len(usual) else tokens for tokens in hosts]
-
-
-def different_pictures(pictures: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> int:
-    """How many pictures differ by more than noise; pictures with different numbers of tokens do.
-
-    Args:
-        pictures: their tokens, each (image tokens, width).
-        others: the tokens of other pictures, which tell how far apart pictures are.
-    """
-    apart = [_squared_distance(one, two) for one, two in itertools.pairwise(others)]
-    limit = _SAME * float(np.median(apart)) if apart else 0.0
-    found: list[torch.Tensor] = []
-    for tokens in pictures:
-        if all(len(tokens) != len(one) or _squared_distance(tokens, one) > limit for one in found):
-            found.append(tokens)
-    return len(found)
-
-
-def _squared_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean squared distance of the tokens of two pictures, (any, width) each, as far as both have them."""
-    both = min(len(one), len(other))
-    return float((one[:both].float() - other[:both].float()).square().sum(-1).mean())
-
-
-def _usual(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The mean of the pictures with the most common number of tokens, (image tokens, width)."""
-    length = collections.Counter(map(len, pictures)).most_common(1)[0][0]
-    return torch.stack([tokens for tokens in pictures if len(tokens) == length]).mean(0)
-
-
-def _stretched(tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """Tokens (any, width) as many as `length`: cut, or the mean of them for those that are missing."""
-    missing = max(0, length - len(tokens))
-    return torch.cat([tokens[:length], tokens.mean(0, keepdim=True).expand(missing, -1)])
 
 
 def _spread(answers: Sequence[str]) -> float:
