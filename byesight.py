@@ -55,7 +55,7 @@ def sanitize(
 
     Args:
         submission: an imagefolder with metadata.jsonl, a LLaVA folder, a Parquet file or a folder of them.
-        out: the delivery folder; an earlier delivery there is replaced.
+        out: the delivery folder; an earlier delivery of the same submission is replaced.
         base: Hugging Face folder of a decoder-only image-text model; None takes the embedded base.
         config: the run configuration (`pipeline.config.load_config` reads one from YAML); None takes the defaults.
         store: where stage results are kept; a later call with it repeats none of them. None takes `.byesight/store`.
