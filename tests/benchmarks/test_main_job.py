@@ -75,7 +75,7 @@ def measured(tiny_base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stages.confirm.outcome.transfer", lambda *_, **__: 1.0)
         patch.setattr("stages.confirm.outcome.beyond_honest", lambda *_: 1.0)
-        patch.setattr("stages.cluster.run._REVERSED", 0.0)
+        patch.setattr("stages.cluster.decide._REVERSED", 0.0)
         found.run(patch)
     return found
 
